@@ -1,0 +1,34 @@
+"""nanochat_nb: the book that is also the software.
+
+    text → tokenizer → packed batches → GPT → optimizer → pretraining → evaluation
+         → mid-training → SFT → RL → serving
+
+Every module below is generated from the notebook of the same name (`nbs/NN_name.ipynb`), and
+imports only modules above it.  Bold lessons of the book are marked `*`.
+
+    common          device, compute dtype, ranks, seeds, paths, run log, errors
+  * tokenizer       byte-level BPE, special tokens, bytes per token
+  * dataset         text as shards: the built-in world, a folder, or the hub
+    pocket          the built-in world: text, conversations and tasks made by code
+    dataloader      documents → packed (B, T) batches with an exact, resumable state
+  * gpt             GPTConfig, blocks, GPT; parameter and FLOP counts
+    attention       one call, several backends; windows; KV cache
+  * optimizer       AdamW and Muon, the same step on 1 or N ranks; schedules
+  * pretraining     bits per byte, the training loop, base models
+    checkpoint      atomic, checksummed, resumable at any number of ranks
+    scaling         depth → width, batch, rates, horizon; what a run will cost
+  * evaluation      CORE, bits per byte, samples
+    engine          prefill, decode, sampling, many requests in one batch, streaming
+  * finetuning      mid-training and supervised finetuning
+    chat            conversation ⇄ tokens and masks; the calculator tool
+    tasks           questions with answers, as conversations; mixtures
+    execution       model-written Python in a sandbox
+    chat_eval       task accuracies and ChatCORE
+  * reinforcement   rollouts, advantages, policy gradient
+  * serving         HTTP: the chat page and an OpenAI-compatible API
+    terminal        chat in the terminal
+    widget          chat in a notebook
+    report          the report card of a run
+    export          a Hugging Face folder
+"""
+__version__ = "0.1.0"
