@@ -6,7 +6,7 @@
 __all__ = ['DTYPES', 'UserError', 'run_cli', 'base_dir', 'atomic_write', 'autodetect_device_type', 'compute_dtype', 'Compute',
            'compute_init', 'compute_cleanup', 'seed_everything', 'print0', 'RunLog', 'metric', 'write_report_section']
 
-# %% ../nbs/00_common.ipynb #0-common-ground-3
+# %% ../nbs/00_common.ipynb #imports
 import datetime
 import functools
 import json
@@ -23,11 +23,11 @@ import torch
 import torch.distributed as dist
 from fastcore.script import call_parse
 
-# %% ../nbs/00_common.ipynb #usererror
+# %% ../nbs/00_common.ipynb #errors-that-help
 class UserError(ValueError):
     "A mistake that its maker can mend: says what was expected, what was got and what to do next."
 
-# %% ../nbs/00_common.ipynb #run-cli
+# %% ../nbs/00_common.ipynb #run_cli
 def run_cli(function) -> None:
     "Run an entry point with its flags from the command line; a `UserError` becomes one line and exit code 2."
     @functools.wraps(function)
@@ -46,7 +46,7 @@ def run_cli(function) -> None:
         sys.exit(code)
     call_parse(guarded)
 
-# %% ../nbs/00_common.ipynb #base-dir
+# %% ../nbs/00_common.ipynb #where-things-are-kept
 def base_dir() -> Path:
     "The folder that holds everything a run makes: `NANOCHAT_BASE_DIR`, or `~/.cache/nanochat_nb`."
     path = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat_nb")
@@ -75,7 +75,7 @@ def atomic_write(
         raise
     return path
 
-# %% ../nbs/00_common.ipynb #autodetect-device-type
+# %% ../nbs/00_common.ipynb #device-and-precision
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -112,7 +112,7 @@ def _cpu_has_bf16() -> bool:
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
-# %% ../nbs/00_common.ipynb #compute
+# %% ../nbs/00_common.ipynb #ranks
 @dataclass(frozen=True)
 class Compute:
     "Who computes, on what: one rank of a run."
@@ -170,7 +170,7 @@ def print0(*args, **kwargs) -> None:
     if int(os.environ.get("RANK", 0)) == 0:
         print(*args, **{"flush": True, **kwargs})
 
-# %% ../nbs/00_common.ipynb #runlog
+# %% ../nbs/00_common.ipynb #the-run-log
 class RunLog:
     "Appends one JSON object per call to `logs/NAME.jsonl` under the base folder; only rank 0 writes."
 
@@ -195,7 +195,7 @@ class RunLog:
         lines = self.path.read_text(encoding="utf-8").split("\n")
         return [json.loads(line) for line in lines[:-1]]
 
-# %% ../nbs/00_common.ipynb #metric
+# %% ../nbs/00_common.ipynb #the-report
 def metric(
     value: float,                  # what was measured, e.g. the share of right answers
     n: int,                        # number of problems it was measured on
