@@ -6,7 +6,7 @@
 __all__ = ['NEWTON_SCHULZ', 'MAX_STACK', 'DEFAULTS', 'adamw_update', 'orthogonalize', 'muon_update', 'assign_owners', 'Share',
            'make_shares', 'MuonAdamW', 'setup_optimizer', 'clip_grad_norm', 'lr_schedule', 'momentum_schedule']
 
-# %% ../nbs/04_optimizer.ipynb #4-optimizer-3
+# %% ../nbs/04_optimizer.ipynb #imports
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .common import UserError
 
-# %% ../nbs/04_optimizer.ipynb #adamw-update
+# %% ../nbs/04_optimizer.ipynb #adam-one-rate-per-number
 def adamw_update(
     param: Tensor,              # changed in place
     grad: Tensor,               # same shape as param
@@ -36,7 +36,7 @@ def adamw_update(
     param.mul_(1 - lr * weight_decay)
     param.addcdiv_(exp_avg, scale, value=-lr / (1 - beta1**step))
 
-# %% ../nbs/04_optimizer.ipynb #orthogonalize
+# %% ../nbs/04_optimizer.ipynb #NEWTON_SCHULZ
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: the steepest quintic at 0 that stays near 1
 
 
@@ -59,7 +59,7 @@ def orthogonalize(
     x = x.mT if tall else x
     return x.squeeze(0) if matrices.ndim == 2 else x
 
-
+# %% ../nbs/04_optimizer.ipynb #muon_update
 def muon_update(
     params: list[Tensor],             # K matrices (M, N), changed in place
     grads: Tensor,                    # (K, M, N)
@@ -82,7 +82,7 @@ def muon_update(
             param.mul_(1 - lr * weight_decay)
         param.sub_(update, alpha=scale)
 
-# %% ../nbs/04_optimizer.ipynb #assign-owners
+# %% ../nbs/04_optimizer.ipynb #assign_owners
 def assign_owners(
     costs: list[int],  # what each parameter costs its owner
     world_size: int,   # number of ranks
@@ -95,7 +95,7 @@ def assign_owners(
         load[owners[i]] += costs[i]
     return owners
 
-# %% ../nbs/04_optimizer.ipynb #share
+# %% ../nbs/04_optimizer.ipynb #Share
 @dataclass
 class Share:
     "Parameters of one group that one rank updates together: one table, or a stack of equal matrices."
@@ -103,6 +103,7 @@ class Share:
     owner: int
     names: list[str]
     params: list[nn.Parameter]
+    momentum: Tensor | None = None  # (K, M, N) a Muon stack's running mean, at its owner
 
 
 MAX_STACK = 2**26  # elements in a stack: 64 M, or 256 MB in fp32; more would cost memory, not save time
@@ -132,7 +133,7 @@ def make_shares(
             shares.append(Share(group, owner, list(names), list(tensors)))
     return shares
 
-# %% ../nbs/04_optimizer.ipynb #muonadamw
+# %% ../nbs/04_optimizer.ipynb #MuonAdamW
 class MuonAdamW:
     """Muon for matrices, AdamW for the rest; on many ranks each parameter is updated by one owner.
 
@@ -279,7 +280,7 @@ class MuonAdamW:
         for key, own in self.state_dict().items():
             own.copy_(state[key])
 
-# %% ../nbs/04_optimizer.ipynb #setup-optimizer
+# %% ../nbs/04_optimizer.ipynb #our-gpt-s-groups
 def setup_optimizer(
     model: nn.Module,                # a GPT: blocks under `transformer.h`, tables are nn.Embedding, `lm_head`
     matrix_lr: float = 0.02,         # Muon, matrices of the blocks
@@ -310,7 +311,7 @@ def setup_optimizer(
                    "weight_decay": weight_decay, "cautious": cautious, "ns_dtype": ns_dtype})
     return MuonAdamW([group for group in groups if group["params"]], rank, world_size)
 
-# %% ../nbs/04_optimizer.ipynb #clip-grad-norm
+# %% ../nbs/04_optimizer.ipynb #clipping-and-schedules
 @torch.no_grad()
 def clip_grad_norm(
     params,                 # parameters whose gradients are scaled in place
@@ -330,7 +331,7 @@ def clip_grad_norm(
         grad.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
-
+# %% ../nbs/04_optimizer.ipynb #lr_schedule
 def lr_schedule(
     step: int,                    # 0 … num_iterations
     num_iterations: int,          # optimizer steps of the whole run

@@ -6,11 +6,12 @@
 __all__ = ['SPLIT_PATTERN', 'SPECIAL_TOKENS', 'byte_alphabet', 'Tokenizer', 'Utf8Stream', 'resolve_data_dir', 'text_shards',
            'open_shard', 'read_row_group', 'iter_texts', 'bytes_per_token', 'train_tokenizer']
 
-# %% ../nbs/01_tokenizer.ipynb #1-tokenizer-3
+# %% ../nbs/01_tokenizer.ipynb #imports
 import codecs
 import functools
 import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -27,7 +28,7 @@ from torch import Tensor
 from .common import (
     UserError, atomic_write, base_dir, print0, run_cli, write_report_section)
 
-# %% ../nbs/01_tokenizer.ipynb #1-tokenizer-4
+# %% ../nbs/01_tokenizer.ipynb #tokenizer
 # GPT-4's published pattern (cl100k_base), but with at most two digits in a piece instead of three
 SPLIT_PATTERN = (r"'(?i:[sdmt]|ll|ve|re)"         # 's 'll 've …: English contractions
                  r"|[^\r\n\p{L}\p{N}]?+\p{L}+"    # a word, with the space or sign in front of it
@@ -35,7 +36,7 @@ SPLIT_PATTERN = (r"'(?i:[sdmt]|ll|ve|re)"         # 's 'll 've …: English cont
                  r"| ?[^\s\p{L}\p{N}]++[\r\n]*"   # punctuation, with the line ends behind it
                  r"|\s*[\r\n]|\s+(?!\S)|\s+")     # white space, leaving one space for the next word
 
-# %% ../nbs/01_tokenizer.ipynb #1-tokenizer-5
+# %% ../nbs/01_tokenizer.ipynb #SPECIAL_TOKENS
 SPECIAL_TOKENS = (
     "<|bos|>",                                     # begins every document
     "<|user_start|>", "<|user_end|>",              # what the user says
@@ -44,7 +45,7 @@ SPECIAL_TOKENS = (
     "<|output_start|>", "<|output_end|>",          # what the tool answers
 )
 
-# %% ../nbs/01_tokenizer.ipynb #byte-alphabet
+# %% ../nbs/01_tokenizer.ipynb #byte_alphabet
 @functools.cache
 def byte_alphabet() -> dict[str, int]:
     """One printable character per byte, the alphabet in which GPT-2's and our `tokenizer.json` spell tokens.
@@ -56,7 +57,7 @@ def byte_alphabet() -> dict[str, int]:
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
-# %% ../nbs/01_tokenizer.ipynb #tokenizer
+# %% ../nbs/01_tokenizer.ipynb #Tokenizer
 class Tokenizer:
     "Byte-level BPE: any text to ids and back without loss; text can never make a special token."
 
@@ -69,6 +70,8 @@ class Tokenizer:
         except Exception as error:  # the Rust side raises plain Exception
             raise UserError(f"this is not a byte-level tokenizer.json ({error}); "
                             "make one with `python -m nanochat_nb.tokenizer`.") from None
+        # a later fork (a sandbox, a data loader) would otherwise print a warning about threads
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         self.json = json_text
         self.vocab_size = self._fast.get_vocab_size()
         self._specials = {name: self._fast.token_to_id(name) for name in SPECIAL_TOKENS}
@@ -165,7 +168,7 @@ def _well_formed(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-8", errors="replace").decode()
 
-# %% ../nbs/01_tokenizer.ipynb #utf8stream
+# %% ../nbs/01_tokenizer.ipynb #Utf8Stream
 class Utf8Stream:
     "Decode ids one at a time: text comes out as soon as its last byte is in."
 
@@ -183,7 +186,7 @@ class Utf8Stream:
         self._decoder.reset()
         return text
 
-# %% ../nbs/01_tokenizer.ipynb #resolve-data-dir
+# %% ../nbs/01_tokenizer.ipynb #resolve_data_dir
 def resolve_data_dir(
     data_dir: str | Path,  # a folder, or the name of a source under `data/` in the base directory
 ) -> Path:                 # the folder
@@ -240,7 +243,7 @@ def read_row_group(file: pq.ParquetFile, index: int, path: str | Path = "") -> l
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
-# %% ../nbs/01_tokenizer.ipynb #iter-texts
+# %% ../nbs/01_tokenizer.ipynb #iter_texts
 def iter_texts(
     shards: list[Path],  # parquet files
     max_chars: int,      # stop after so many characters
@@ -275,7 +278,7 @@ def _data_fingerprint(shards: list[Path]) -> str:
             digest.update(f.read())
     return digest.hexdigest()
 
-# %% ../nbs/01_tokenizer.ipynb #train-tokenizer
+# %% ../nbs/01_tokenizer.ipynb #train_tokenizer
 def train_tokenizer(
     data_dir: str = "pocket",         # data folder, or the name of a source under data/
     vocab_size: int = 65536,          # tokens in all, the 9 special tokens included
@@ -336,6 +339,6 @@ def _trained_before(folder: Path, asked: dict) -> Tokenizer | None:
     whole = meta.get("fingerprint") == tokenizer.fingerprint()
     return tokenizer if same and whole and (folder / "token_bytes.safetensors").exists() else None
 
-# %% ../nbs/01_tokenizer.ipynb #1-tokenizer-6
+# %% ../nbs/01_tokenizer.ipynb #command-line
 if __name__ == "__main__" and "__file__" in globals():
     run_cli(train_tokenizer)
