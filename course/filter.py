@@ -8,7 +8,7 @@ import json
 import re
 import sys
 
-STEERING = re.compile(r"^#\|\s*(default_exp|hide)\b", re.M)
+STEERING = re.compile(r"^#\|\s*(default_exp|hide)\b", re.MULTILINE)
 OPTION = re.compile(r"^#\|\s*[\w-]+\s*:\s")  # `fig-alt: "…"`: Quarto's own
 
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'UserError', 'run_cli', 'base_dir', 'atomic_write', 'autodetect_device_type', 'compute_dtype', 'Compute',
-           'compute_init', 'compute_cleanup', 'seed_everything', 'print0', 'RunLog', 'metric', 'write_report_section']
+           'compute_init', 'compute_cleanup', 'seed_everything', 'print0', 'RunLog', 'metric', 'write_report_section',
+           'same_report_section']
 
 # %% ../nbs/00_common.ipynb #imports
 import datetime
@@ -223,3 +224,16 @@ def write_report_section(
                "text": text}
     path = base_dir() / "report" / f"{order:02d}-{name}.json"
     return atomic_write(path, json.dumps(section, indent=1, default=str) + "\n")
+
+
+def same_report_section(
+    name: str,         # as given to `write_report_section`
+    order: int,
+    settings: dict,    # of the evaluation about to be made, the checkpoint's identity among them
+) -> dict | None:      # the stored section if it was made with the same settings, else None
+    "An earlier evaluation of the very same thing, so that a second run need not repeat it."
+    path = base_dir() / "report" / f"{order:02d}-{name}.json"
+    if not path.exists():
+        return None
+    section = json.loads(path.read_text(encoding="utf-8"))
+    return section if section["settings"] == json.loads(json.dumps(settings, default=str)) else None

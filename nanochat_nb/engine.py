@@ -56,8 +56,8 @@ def sample(
     probabilities, ids = next_token_probabilities(logits, temperature, top_k, top_p)
     ends = probabilities.cumsum(-1)                                        # (B, k)
     pick = (ends <= uniforms[:, None] * ends[:, -1:]).sum(-1, keepdim=True)
-    possible = (probabilities > 0).sum(-1, keepdim=True)    # u just below 1 may round up to the end
-    return ids.gather(-1, pick.minimum(possible - 1) if top_p < 1 else pick.clamp(max=ids.size(-1) - 1))[:, 0]
+    last = (ends < ends[:, -1:]).sum(-1, keepdim=True)   # u just below 1 may round up to the very end
+    return ids.gather(-1, pick.minimum(last))[:, 0]
 
 
 def uniform_stream(seed: int | None, index: int, length: int) -> np.ndarray:

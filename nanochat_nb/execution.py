@@ -8,7 +8,6 @@ __all__ = ['DENIED', 'LAYERS', 'OUTPUT_LIMIT', 'system_call', 'limit_resources',
            'SandboxUnavailable', 'remove_tree', 'sandbox_level', 'run_code', 'run_tests', 'extract_code', 'run_many']
 
 # %% ../nbs/07c_execution.ipynb #imports
-import ctypes
 import functools
 import inspect
 import json
@@ -19,7 +18,6 @@ import secrets
 import shutil
 import signal
 import stat
-import struct
 import subprocess
 import sys
 import sysconfig

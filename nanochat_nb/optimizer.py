@@ -42,7 +42,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: the steepest qu
 
 def orthogonalize(
     matrices: Tensor,                 # (K, M, N) or (M, N)
-    steps: int = 5,                   # iterations; 5 lift a singular value of 0.003 to about 1
+    steps: int = 5,                   # iterations; 5 lift a singular value of 0.002 to 0.8
     dtype: torch.dtype | None = None, # of the matrix products; None: that of `matrices`
 ) -> Tensor:                          # same shape, in `dtype`; singular values near 1, same directions
     "Push all singular values of each matrix towards 1 with matrix products only (Newton–Schulz)."

@@ -518,6 +518,8 @@ def listen(
 ) -> socket.socket:     # already listening: whoever connects from now on waits for us
     "Take a port, or say in one line why it cannot be had."
     try:
+        if not 0 <= port < 65536:
+            raise OverflowError  # some systems would take it modulo 65536
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (OSError, OverflowError, UnicodeError):
         raise UserError(f"cannot listen on host={host!r}, port={port}: no such address; "
@@ -531,7 +533,7 @@ def listen(
     except OSError as error:
         sock.close()
         raise UserError(f"cannot listen on {host} port {port}: {error.strerror.lower()}; "
-                        f"try --port={port + 1}.") from None
+                        f"try --port={port + 1 if port < 65535 else 8000}.") from None
     return sock
 
 

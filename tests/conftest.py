@@ -9,10 +9,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run_module(module: str, *flags, env=None, timeout=600, cwd=None) -> subprocess.CompletedProcess:
+def run_module(module: str, *flags, env=None, timeout=600) -> subprocess.CompletedProcess:
     "`python -m nanochat_nb.MODULE FLAGS`, its output captured as text."
-    return subprocess.run([sys.executable, "-m", f"nanochat_nb.{module}", *map(str, flags)], text=True,
-                          env={**os.environ, **(env or {})}, capture_output=True, timeout=timeout, cwd=cwd)
+    command = [sys.executable, "-m", f"nanochat_nb.{module}", *map(str, flags)]
+    return subprocess.run(command, env={**os.environ, **(env or {})}, text=True,
+                          capture_output=True, timeout=timeout)
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def base_dir(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    "The folder of real text, conversations and tasks that NANOCHAT_TEST_DATA names; skips without."
+    "The folder of real text and tasks that NANOCHAT_TEST_DATA names; skips where there is none."
     path = os.environ.get("NANOCHAT_TEST_DATA")
     if not path or not Path(path).is_dir():
         pytest.skip("NANOCHAT_TEST_DATA does not name a folder")

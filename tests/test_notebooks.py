@@ -23,8 +23,8 @@ def runs(request, tmp_path_factory) -> dict[str, Future]:
         env = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT / "tools"),
                "NANOCHAT_BASE_DIR": str(tmp_path_factory.mktemp("base"))}
         command = f"import nb; print(nb.run({name!r}, timeout={TIMEOUT}, store=False))"
-        return subprocess.run([sys.executable, "-c", command], env=env, text=True, capture_output=True,
-                              timeout=TIMEOUT + 60)
+        return subprocess.run([sys.executable, "-c", command], env=env, text=True,
+                              capture_output=True, timeout=TIMEOUT + 60)
 
     with ThreadPoolExecutor(WORKERS) as pool:
         yield {name: pool.submit(run, name) for name in selected}

@@ -4,6 +4,7 @@
 see that it can fail.  Nothing here runs a notebook or changes a file of the checkout.
 """
 import ast
+import graphlib
 import importlib.util
 import json
 import os
@@ -46,7 +47,8 @@ def check_package(root: Path) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / root.name
         (copy / "nbs").mkdir(parents=True)
-        for path in [*(root / "nbs").glob("*.ipynb"), root / "settings.ini", root / "pyproject.toml"]:
+        settings = [root / "settings.ini", root / "pyproject.toml"]
+        for path in [*(root / "nbs").glob("*.ipynb"), *settings]:
             shutil.copy(path, copy / path.relative_to(root))
         (copy / "nanochat_nb").mkdir()
         shutil.copy(root / "nanochat_nb/__init__.py", copy / "nanochat_nb/__init__.py")
@@ -59,8 +61,8 @@ def check_package(root: Path) -> list[str]:
         elif name not in expected:
             problems.append(f"nanochat_nb/{name} is an orphan: no notebook exports it")
         elif expected[name] != found[name]:
-            problems.append(f"nanochat_nb/{name} differs from its notebook (stale or edited by hand): "
-                            "run `python tools/nb.py sync`")
+            problems.append(f"nanochat_nb/{name} differs from its notebook (stale or edited by "
+                            "hand): run `python tools/nb.py sync`")
     strangers = {path.name for path in (root / "nanochat_nb").iterdir()
                  if path.suffix != ".py"} - HAND_WRITTEN - {"__pycache__"}
     return problems + [f"nanochat_nb/{name} does not belong there" for name in sorted(strangers)]
@@ -71,17 +73,20 @@ def check_names(root: Path) -> list[str]:
     problems = []
     for name in names(root):
         code = "\n".join(cell.source for cell in read(root, name).cells if cell.cell_type == "code")
-        module = re.search(r"^#\|\s*default_exp\s+(\S+)", code, re.M)
-        if not re.fullmatch(r"\d\d[a-z]?_\w+", name) or not module or module[1] != name.split("_", 1)[1]:
-            problems.append(f"nbs/{name}.ipynb: wants `#| default_exp {name.split('_', 1)[-1]}`")
+        module = re.search(r"^#\|\s*default_exp\s+(\S+)", code, re.MULTILINE)
+        wanted = re.fullmatch(r"\d\d[a-z]?_(\w+)", name)
+        if not wanted:
+            problems.append(f"nbs/{name}.ipynb: wants a name like 07b_tasks")
+        elif not module or module[1] != wanted[1]:
+            problems.append(f"nbs/{name}.ipynb: wants `#| default_exp {wanted[1]}`")
     return problems
 
 
 def check_text(root: Path) -> list[str]:
     "Text pairs, where there are any, with edits that have not reached the notebook."
-    return [f"nbs/{name}.py has edits that are not in the notebook: run `python tools/nb.py sync {name}`"
-            for name in names(root) if (text := root / "nbs" / f"{name}.py").exists()
-            and text.stat().st_mtime_ns > (root / "nbs" / f"{name}.ipynb").stat().st_mtime_ns
+    return [f"nbs/{name}.py has edits that the notebook lacks: run `python tools/nb.py sync {name}`"
+            for name in names(root)
+            if workshop.newer(text := root / "nbs" / f"{name}.py", text.with_suffix(".ipynb"))
             and workshop.sources(jupytext.read(text)) != workshop.sources(read(root, name))]
 
 
@@ -94,6 +99,22 @@ def check_layout(root: Path) -> list[str]:
     }.items() if (root / path).exists()]
 
 
+def check_shape(root: Path) -> list[str]:
+    "Pages without the opening block or the closing sections that every page has."
+    problems = []
+    for name in names(root):
+        cells = [cell.source for cell in read(root, name).cells if cell.cell_type == "markdown"]
+        opening, page = cells[0] if cells else "", "\n".join(cells)
+        parts = [r"\A# \d\w? · ", r"^> ", r"\*\*You will\*\*", r"\*\*You need\*\*", r"\*\*Time\*\*",
+                 r"\*\*Where we are\*\*"]
+        missing = [part for part in parts if not re.search(part, opening, re.MULTILINE)]
+        missing += [part for part in (r"^## Summary", r"^## Exercises", r"^## Further reading")
+                    if not re.search(part, page, re.MULTILINE)]
+        if missing:
+            problems.append(f"nbs/{name}.ipynb lacks {', '.join(missing)}")
+    return problems
+
+
 # ---------------------------------------------------------------- stored outputs
 
 def check_outputs(root: Path) -> list[str]:
@@ -104,15 +125,16 @@ def check_outputs(root: Path) -> list[str]:
         stamp = notebook.metadata.get("stamp", {})
         if stamp.get("code") != workshop.code_hash(notebook):
             age = "older than its code" if stamp else "missing"
-            problems.append(f"nbs/{name}.ipynb: outputs are {age}: run `python tools/nb.py run {name}`")
+            problems.append(f"nbs/{name}.ipynb: outputs are {age}: `python tools/nb.py run {name}`")
         for cell in notebook.cells:
+            where = f"nbs/{name}.ipynb #{cell.id}"
             for output in cell.get("outputs", []):
                 if output.output_type == "error":
-                    problems.append(f"nbs/{name}.ipynb #{cell.id}: the stored output is an error")
+                    problems.append(f"{where}: the stored output is an error")
                 data = output.get("data", {"text": output.get("text", "")})
                 text = "\n".join(str(value) for kind, value in data.items() if "image/" not in kind)
                 if path := MACHINE_PATH.search(text):
-                    problems.append(f"nbs/{name}.ipynb #{cell.id}: the output names a path of a machine: {path[0]}")
+                    problems.append(f"{where}: the output names a path of a machine: {path[0]}")
     return problems
 
 
@@ -121,7 +143,7 @@ def check_outputs(root: Path) -> list[str]:
 def imported(source: str) -> set[str]:
     "Modules of the package that a cell imports, also inside its functions."
     found = set()
-    source = re.sub(r"^\s*[%!].*$", "pass", source, flags=re.M)  # magics are not Python
+    source = re.sub(r"^\s*[%!].*$", "pass", source, flags=re.MULTILINE)  # magics are not Python
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
@@ -135,25 +157,31 @@ def imported(source: str) -> set[str]:
 def may_import(importer: str, other: str) -> bool:
     """Whether notebook `importer` may import notebook `other`, both given as `07b` or `07`.
 
-    Lower chapters always; of its own chapter, a lesson its companions, a companion those before it.
+    Lower chapters, and of its own chapter the (other) companions, but never the lesson.
     """
     if importer[:2] != other[:2]:
         return other[:2] < importer[:2]
-    return bool(other[2:]) and (not importer[2:] or other[2:] < importer[2:])
+    return bool(other[2:]) and importer != other
 
 
 def check_imports(root: Path) -> list[str]:
-    "Imports that do not go to a lower chapter."
+    "Imports that do not go to a lower chapter, and companions that import each other."
     places = {name.split("_", 1)[1]: name.split("_", 1)[0] for name in names(root)}
-    problems = []
+    problems, graph = [], {}
     for name in names(root):
         for cell in read(root, name).cells:
+            where = f"nbs/{name}.ipynb #{cell.id}"
             for module in sorted(imported(cell.source)) if cell.cell_type == "code" else []:
+                graph.setdefault(name.split("_", 1)[1], set()).add(module)
                 if module not in places:
-                    problems.append(f"nbs/{name}.ipynb #{cell.id}: imports {module}, which no notebook exports")
+                    problems.append(f"{where}: imports {module}, which no notebook exports")
                 elif not may_import(name.split("_", 1)[0], places[module]):
-                    problems.append(f"nbs/{name}.ipynb #{cell.id}: may not import {module} "
-                                    f"({places[module]}): imports go only to lower chapters")
+                    problems.append(f"{where}: may not import {module} ({places[module]}): imports "
+                                    "go only to lower chapters")
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        problems.append(f"modules import each other: {' → '.join(reversed(error.args[1]))}")
     return problems
 
 
@@ -177,7 +205,8 @@ def check_site(root: Path) -> list[str]:
              for path in root.glob(pattern)}
     return [*(f"_quarto.yml lists {page}, which does not exist" for page in listed
               if not (root / page).exists()),
-            *(f"_quarto.yml lists {page} twice" for page in sorted(set(listed)) if listed.count(page) > 1),
+            *(f"_quarto.yml lists {page} twice" for page in sorted(set(listed))
+              if listed.count(page) > 1),
             *(f"_quarto.yml does not list {page}" for page in sorted(pages - set(listed)))]
 
 
@@ -198,9 +227,9 @@ def check_pages(root: Path) -> list[str]:
             if cell["cell_type"] != "code":
                 continue
             where = f"nbs/{name}.ipynb #{cell['id']}"
-            lines = [line[2:] for line in "".join(cell["source"]).splitlines() if line.startswith("#|")]
+            lines = [line[2:] for line in cell["source"] if line.startswith("#|")]
             try:
-                options = yaml.safe_load("\n".join(lines)) or {}
+                options = yaml.safe_load("".join(lines)) or {}
             except yaml.YAMLError:
                 options = None
             if not isinstance(options, dict):
@@ -220,8 +249,7 @@ def prose(root: Path) -> dict[Path, str]:
         for name in names(root)}
     for path in [*root.glob("*.md"), *root.glob("*.qmd"), *root.glob("course/**/*.qmd")]:
         texts[path] = path.read_text(encoding="utf-8")
-    return {path: re.sub(r"`[^`\n]*`", "", re.sub(r"^ *```.*?^ *```", "", text, flags=re.M | re.S))
-            for path, text in texts.items()}
+    return {path: re.sub(r"(?ms)^ *```.*?^ *```|`[^`\n]*`", "", text) for path, text in texts.items()}
 
 
 def check_links(root: Path) -> list[str]:
@@ -242,5 +270,5 @@ def check_links(root: Path) -> list[str]:
     return problems
 
 
-RULES = [check_package, check_names, check_text, check_layout, check_outputs, check_imports,
-         check_site, check_pages, check_links]
+RULES = [check_package, check_names, check_text, check_layout, check_shape, check_outputs,
+         check_imports, check_site, check_pages, check_links]

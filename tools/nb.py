@@ -48,6 +48,10 @@ def notebooks() -> list[str]:
     return sorted({p.stem for p in NBS.glob("*.ipynb")} | {p.stem for p in NBS.glob("*.py")})
 
 
+def newer(path: Path, other: Path) -> bool:
+    return path.exists() and path.stat().st_mtime_ns > other.stat().st_mtime_ns
+
+
 def sources(nb) -> list[tuple[str, str]]:
     "What a notebook says, without its outputs."
     return [(cell.cell_type, cell.source) for cell in nb.cells]
@@ -130,13 +134,14 @@ def sync(names: list[str]) -> None:
                 try:
                     ast.parse(cell.source)
                 except SyntaxError as error:  # exported, it would break the package for all
-                    raise Refused(f"nbs/{name}.py, cell {number}, line {error.lineno}: {error.msg}: "
-                                  f"{(error.text or '').strip()}") from None
+                    raise Refused(f"nbs/{name}.py, cell {number}, line {error.lineno}: {error.msg}:"
+                                  f" {(error.text or '').strip()}") from None
         old = nbformat.read(notebook, 4) if notebook.exists() else None
-        if old is not None and notebook.stat().st_mtime_ns > modified and sources(old) != sources(new):
-            raise Refused(f"nbs/{name}.ipynb is newer than nbs/{name}.py and differs from it: `pull {name}` "
-                          f"takes the notebook, `touch nbs/{name}.py` and `sync {name}` the text.")
         outputs = {}
+        if old is not None and newer(notebook, text) and sources(old) != sources(new):
+            raise Refused(f"nbs/{name}.ipynb is newer than nbs/{name}.py and differs from it: "
+                          f"`pull {name}` takes the notebook, `touch nbs/{name}.py` and `sync` "
+                          "take the text.")
         for cell in old.cells if old is not None else []:
             if cell.cell_type == "code":
                 outputs.setdefault(cell.source, []).append(cell.outputs)
@@ -155,8 +160,8 @@ def export(root: Path) -> None:
     lock = os.open(root / "nbs", os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        subprocess.run([sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()"],
-                       cwd=root, check=True)
+        command = "from nbdev.doclinks import nbdev_export; nbdev_export()"
+        subprocess.run([sys.executable, "-c", command], cwd=root, check=True)
     finally:
         os.close(lock)
 
@@ -166,9 +171,9 @@ def pull(names: list[str]) -> None:
     for name in names:
         text, notebook = NBS / f"{name}.py", NBS / f"{name}.ipynb"
         modified, nb = notebook.stat().st_mtime_ns, nbformat.read(notebook, 4)
-        if text.exists() and text.stat().st_mtime_ns > modified and sources(jupytext.read(text)) != sources(nb):
-            raise Refused(f"nbs/{name}.py has edits that nbs/{name}.ipynb lacks: `sync {name}` keeps them, "
-                          f"deleting nbs/{name}.py drops them.")
+        if newer(text, notebook) and sources(jupytext.read(text)) != sources(nb):
+            raise Refused(f"nbs/{name}.py has edits that nbs/{name}.ipynb lacks: `sync {name}` "
+                          f"keeps them, deleting nbs/{name}.py drops them.")
         nb.metadata = nbformat.from_dict(PLAIN_TEXT)
         jupytext.write(nb, text, fmt="py:percent")
         os.utime(text, ns=(modified, modified))
@@ -176,11 +181,14 @@ def pull(names: list[str]) -> None:
 
 # ---------------------------------------------------------------- running
 
+NOT_RUN = re.compile(r"^#\|\s*eval:\s*false", re.MULTILINE)
+
+
 class Client(NotebookClient):
     "Executes every code cell but those marked `#| eval: false`."
 
     async def async_execute_cell(self, cell, cell_index, *args, **kwargs):
-        if cell.cell_type == "code" and re.search(r"^#\|\s*eval:\s*false", cell.source, re.M):
+        if cell.cell_type == "code" and NOT_RUN.search(cell.source):
             return cell
         return await super().async_execute_cell(cell, cell_index, *args, **kwargs)
 
@@ -190,14 +198,14 @@ def hardware() -> str:
     import torch
     cpu = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
+        model = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        cpu = model[1] if model else cpu
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{os.cpu_count()} × {cpu}{gpu}"
 
 
 def run(name: str, timeout: int = 600, store: bool = True) -> float:
-    "Execute a notebook in a fresh kernel that starts in nbs/; store outputs and stamp; seconds taken."
+    "Execute a notebook in a fresh kernel; store outputs and stamp; return the seconds it took."
     path = NBS / f"{name}.ipynb"
     modified, nb, started = path.stat().st_mtime_ns, nbformat.read(path, 4), time.time()
     with tempfile.TemporaryDirectory(prefix="nb-") as sockets:
@@ -212,10 +220,10 @@ def run(name: str, timeout: int = 600, store: bool = True) -> float:
         for cell in nb.cells:
             cell.metadata = nbformat.from_dict({})
         nb.metadata = nbformat.from_dict({**KERNEL, "stamp": {
-            "code": code_hash(nb), "date": datetime.date.today().isoformat(), "hardware": hardware(),
-            "python": platform.python_version(), "seconds": seconds,
+            "code": code_hash(nb), "date": datetime.date.today().isoformat(),
+            "hardware": hardware(), "python": platform.python_version(), "seconds": seconds,
             "torch": torch.__version__.split("+")[0]}})
-        write(nb, path, modified)  # the time of the code, so that a text edited meanwhile stays newer
+        write(nb, path, modified)  # the code's time: a text edited meanwhile stays newer
     return seconds
 
 
@@ -226,7 +234,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*")
     parser.add_argument("--timeout", type=int, default=600, help="seconds a cell may take")
     parser.add_argument("--no_store", action="store_true", help="run: leave the notebook as it is")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     names = [Path(name).stem for name in args.names] or notebooks()
     if unknown := sorted(set(names) - set(notebooks())):
         parser.error(f"no notebook named {', '.join(unknown)} in nbs/")

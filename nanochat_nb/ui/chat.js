@@ -37,13 +37,10 @@ export function blocksOf(text) {
       block.lines.push(line);
     }
   }
-  return blocks.map(({ lines, ...rest }) => ({
-    ...rest,
-    text: rest.kind === "code" ? lines.join("\n") : lines.join("\n").replace(/^\n+|\n+$/g, ""),
-  }));
+  return blocks.map(({ lines, ...rest }) => ({ ...rest, text: lines.join("\n") }));
 }
 
-// A reply's parts → blocks; a calculator call and its result become one chip.
+// A reply's parts → blocks; a calculator call and its result become one chip within the text.
 export function blocksOfParts(parts) {
   const blocks = [];
   for (const part of parts) {
@@ -55,7 +52,12 @@ export function blocksOfParts(parts) {
       blocks.at(-1).result = part.text;
     }
   }
-  return blocks;
+  blocks.forEach((block, i) => { // empty lines show only between words
+    if (block.kind !== "text") return;
+    if (i === 0 || blocks[i - 1].kind === "code") block.text = block.text.replace(/^\n+/, "");
+    if (i === blocks.length - 1 || blocks[i + 1].kind === "code") block.text = block.text.trimEnd();
+  });
+  return blocks.filter((block) => block.kind !== "text" || block.text);
 }
 
 function element(tag, className = "", text = "") {
@@ -73,7 +75,7 @@ function button(label, onClick) {
 }
 
 const makers = {
-  text: () => element("p"),
+  text: () => element("span", "text"),
   code() {
     const node = element("div", "code"), bar = element("div"), code = element("code");
     const pre = element("pre");
@@ -84,7 +86,7 @@ const makers = {
     return node;
   },
   tool() {
-    const node = element("div", "tool");
+    const node = element("span", "tool");
     node.append(element("span", "", "calculator"), element("code"), element("span", "", ""), element("code"));
     return node;
   },
@@ -177,14 +179,18 @@ function plain(parts) {
   return parts.filter((part) => part.type === "text").map((part) => part.text).join("").trim();
 }
 
+// The conversation up to a turn, newest first in choice: what exceeds the server's limits on a
+// request stays behind. (A model's context is much shorter; what fits there, the server decides.)
 function messagesUpTo(turn) {
-  const messages = [];
-  for (const earlier of turns.slice(0, turns.indexOf(turn))) {
-    if (!earlier.parts.length) continue;
-    messages.push({ role: "user", content: earlier.user });
-    messages.push({ role: "assistant", content: earlier.parts });
+  const messages = [{ role: "user", content: turn.user }];
+  let room = 32_000 - turn.user.length;
+  for (const { user, parts } of turns.slice(0, turns.indexOf(turn)).reverse()) {
+    const reply = parts.reduce((sum, part) => sum + part.text.length, 0);
+    room -= user.length + reply;
+    if (room < 0 || reply > 8_000 || messages.length > 97) break;
+    if (reply) messages.unshift({ role: "user", content: user }, { role: "assistant", content: parts });
   }
-  return [...messages.slice(-98), { role: "user", content: turn.user }];
+  return messages;
 }
 
 function addPart(parts, type, text) {
@@ -380,4 +386,4 @@ for (const idea of $("ideas").querySelectorAll("button")) {
 }
 showModel();
 showActions();
-$("text").focus();
+if (matchMedia("(pointer: fine)").matches) $("text").focus(); // on a phone it would open the keyboard
