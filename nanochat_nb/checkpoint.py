@@ -9,6 +9,7 @@ __all__ = ['FORMAT_VERSION', 'MADE_BY', 'sync_to_disk', 'file_sha256', 'rng_stat
 
 # %% ../nbs/05a_checkpoint.ipynb #imports
 import base64
+import contextlib
 import functools
 import hashlib
 import json
@@ -130,15 +131,24 @@ def _versions() -> dict[str, str]:
             "numpy": np.__version__}
 
 
-def _agree(error: Exception | None, world_size: int) -> list:
-    "Wait for all ranks; if one of them failed, all raise. Returns each rank's random states."
-    everyone = [(None if error is None else str(error), rng_state())]
+@contextlib.contextmanager
+def _all_ranks(world_size: int):
+    """A stretch of work that ends with a barrier; if one rank fails in it, all raise, with its cause.
+
+    Gives a list that holds each rank's random states when the stretch is over.
+    """
+    states, error = [], None
+    try:
+        yield states
+    except (OSError, TypeError, SafetensorError, UserError) as e:
+        error = e
+    everyone = [(error and str(error), rng_state())]
     if world_size > 1:
         mine, everyone = everyone[0], [None] * world_size
         dist.all_gather_object(everyone, mine)
     if failed := [f"rank {rank}: {text}" for rank, (text, _) in enumerate(everyone) if text]:
         raise UserError(f"checkpoint not saved ({'; '.join(failed)}); earlier ones are untouched.") from error
-    return [state for _, state in everyone]
+    states.extend(state for _, state in everyone)
 
 
 def _write_part(folder: Path, name: str, tensors: dict[str, Tensor]) -> None:
@@ -171,36 +181,32 @@ def save_checkpoint(
     """
     final = checkpoint_folder(stage, tag) / f"step_{step:06d}"
     temporary = final.parent / f".{final.name}.tmp"
-    weights, error = plain_state_dict(model), None
     try:
-        if bad := next((name for name, t in weights.items() if not torch.isfinite(t).all()), None):
-            raise UserError(f"weight {bad} is not finite at step {step}")
-        json.dumps(meta or {})  # fail before anything is written
+        with _all_ranks(world_size):
+            weights = plain_state_dict(model)
+            if bad := next((name for name, t in weights.items() if not torch.isfinite(t).all()), None):
+                raise UserError(f"weight {bad} is not finite at step {step}")
+            json.dumps(meta or {})  # fail before anything is written
+            if rank == 0:
+                _clear_leftovers(final.parent)
+                temporary.mkdir(parents=True)
+                _write_part(temporary, "model.safetensors", weights)
+        with _all_ranks(world_size) as states:  # from here on the folder exists for all
+            if optimizer is not None:
+                _write_part(temporary, f"optimizer-{rank:05d}-of-{world_size:05d}.safetensors",
+                            optimizer.state_dict())
+        with _all_ranks(world_size):
+            if rank == 0:
+                config = getattr(model, "_orig_mod", model).config.to_dict()
+                _publish(temporary, final, {
+                    **(meta or {}), "format_version": FORMAT_VERSION, "stage": stage, "tag": tag,
+                    "step": step, "config": config, "world_size": world_size, "rng": states,
+                    "saved_at": time.time(), "git_commit": git_commit(), "versions": _versions()})
+                _retire(final.parent, keep)
+    except UserError:
         if rank == 0:
-            _clear_leftovers(final.parent)
-            temporary.mkdir(parents=True)
-            _write_part(temporary, "model.safetensors", weights)
-    except (OSError, TypeError, SafetensorError, UserError) as e:
-        error = e
-    _agree(error, world_size)  # now the folder exists for all ranks
-    try:
-        if optimizer is not None:
-            _write_part(temporary, f"optimizer-{rank:05d}-of-{world_size:05d}.safetensors",
-                        optimizer.state_dict())
-    except (OSError, SafetensorError) as e:
-        error = e
-    states = _agree(error, world_size)
-    try:
-        if rank == 0:
-            config = getattr(model, "_orig_mod", model).config.to_dict()
-            _publish(temporary, final, {
-                **(meta or {}), "format_version": FORMAT_VERSION, "stage": stage, "tag": tag,
-                "step": step, "config": config, "world_size": world_size, "rng": states,
-                "saved_at": time.time(), "git_commit": git_commit(), "versions": _versions()})
-            _retire(final.parent, keep)
-    except OSError as e:
-        error = e
-    _agree(error, world_size)
+            shutil.rmtree(temporary, ignore_errors=True)  # a full disk needs the room
+        raise
     return final
 
 

@@ -22,30 +22,30 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from fastcore.script import call_parse
+from fastcore.script import anno_parser
 
 # %% ../nbs/00_common.ipynb #errors-that-help
 class UserError(ValueError):
     "A mistake that its maker can mend: says what was expected, what was got and what to do next."
 
 # %% ../nbs/00_common.ipynb #run_cli
-def run_cli(function) -> None:
-    "Run an entry point with its flags from the command line; a `UserError` becomes one line and exit code 2."
-    @functools.wraps(function)
-    def guarded(*args, **kwargs):
-        try:
-            function(*args, **kwargs)  # what it returns is for notebooks, not for the shell
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            code = 2
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            code = 130
-        else:
-            return
-        compute_cleanup()
-        sys.exit(code)
-    call_parse(guarded)
+def run_cli(
+    function,                        # an entry point: its parameters are the flags, their comments the help
+    argv: list[str] | None = None,   # the flags; None: those of the command line
+) -> None:
+    "Call an entry point with flags; a `UserError` becomes one line on standard error and exit code 2."
+    flags = vars(anno_parser(function).parse_args(argv))
+    try:
+        function(**{name: value for name, value in flags.items() if name not in ("pdb", "xtra")})
+        return   # what the function returns is for notebooks, not for the shell
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    compute_cleanup()
+    sys.exit(code)
 
 # %% ../nbs/00_common.ipynb #where-things-are-kept
 def base_dir() -> Path:

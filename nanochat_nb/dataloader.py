@@ -237,7 +237,7 @@ class ConversationLoader(RowLoader):
     def __init__(
         self,
         conversations: Sequence,              # anything that `render` takes
-        render: Callable,                     # conversation → (ids, mask); mask 1: learn to say this
+        render: Callable,                     # conversation → (ids, mask); 1: learn to say this
         B: int,
         T: int,
         rank: int = 0, world_size: int = 1,

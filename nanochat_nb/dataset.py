@@ -169,7 +169,11 @@ def fetch_shard(
 ) -> dict:                # its entry in the manifest
     "Download one shard, check its size, SHA-256 and column, and move it into place."
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
     waiting_room = path.parent.parent / "download"
     for attempt in range(attempts):
         try:
@@ -180,11 +184,11 @@ def fetch_shard(
             entry = check_shard(fetched, remote)
             os.replace(fetched, path)
             return entry
-        except (EntryNotFoundError, RepositoryNotFoundError):
-            raise  # asking again will not make it appear
-        except Exception:
+        except Exception as error:
             (waiting_room / remote.path).unlink(missing_ok=True)  # keep nothing that is damaged
-            if attempt + 1 == attempts:
+            gone = isinstance(error, (EntryNotFoundError, RepositoryNotFoundError)) \
+                and not isinstance(error, LocalEntryNotFoundError)  # that one means: no network
+            if gone or attempt + 1 == attempts:
                 raise
             time.sleep(2**attempt * random.uniform(0.75, 1.25))
 

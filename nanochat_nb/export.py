@@ -203,7 +203,7 @@ def write_hf_folder(
     "Write a model and its tokenizer as a Hugging Face folder, whole or not at all."
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}.")
-    output = Path(output)
+    output = Path(output).resolve()
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file; name a folder for the export.")
     if output.is_dir() and any(output.iterdir()) and not _is_export(output):
@@ -215,8 +215,11 @@ def write_hf_folder(
              "chat_template.jinja": CHAT_TEMPLATE,
              "README.md": model_card(model.config, meta or {}, model.num_parameters()["total"], source)}
     weights = hf_weights(model, DTYPES[dtype])
-    output.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
+    except OSError as error:
+        raise UserError(f"cannot write in {output.parent} ({error.strerror}); choose another output.") from None
     try:
         save_file(weights, made / "model.safetensors", metadata={"format": "pt"})
         for name, content in texts.items():

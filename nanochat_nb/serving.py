@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NEUTRAL', 'SECURITY_HEADERS', 'LOOPBACK', 'MEDIA_TYPES', 'Job', 'Busy', 'Worker', 'Limits', 'ApiError',
            'parse_request', 'parse_messages', 'sse', 'whole', 'Guard', 'refusal', 'page_files', 'read_body',
-           'cancel_when_gone', 'make_app', 'listen', 'url_of', 'serving', 'serve']
+           'cancel_when_gone', 'ChatRoutes', 'make_app', 'listen', 'url_of', 'serving', 'serve']
 
 # %% ../nbs/09_serving.ipynb #serving
 import asyncio
@@ -105,7 +105,7 @@ class Worker:
         with self.changed:
             if job in self.waiting:
                 self.waiting.remove(job)
-                job.put({"type": "end", "finish_reason": "cancelled", "dropped_turns": 0, "tokens": 0})
+                job.put({"type": "end", "finish_reason": "cancelled", "tokens": 0})
 
     def close(self) -> None:
         "Stop everything and wait for the thread."
@@ -131,8 +131,9 @@ class Worker:
         job.deadline = time.monotonic() + self.max_seconds
         try:
             for event in self.reply_fn(job.messages, job.params, job.cancelled):
-                if event["type"] == "end" and event["finish_reason"] == "cancelled" and not job.stop.is_set():
-                    event = {**event, "finish_reason": "length"}  # cut by the clock, not by the reader
+                cut = event.get("finish_reason") == "cancelled" and not job.stop.is_set()
+                if cut:  # by the clock, not by the reader
+                    event = {**event, "finish_reason": "length"}
                 job.put(event)
         except UserError as error:
             job.put({"type": "error", "status": 400, "message": str(error)})
@@ -160,7 +161,8 @@ class Limits:
 class ApiError(Exception):
     "A refusal in the shape that OpenAI's clients understand."
 
-    def __init__(self, status: int, message: str, param: str | None = None, headers: dict | None = None):
+    def __init__(self, status: int, message: str, param: str | None = None,
+                 headers: dict | None = None):
         super().__init__(message)
         self.status, self.message, self.param, self.headers = status, message, param, headers
 
@@ -168,7 +170,8 @@ class ApiError(Exception):
         "The JSON object that the client gets."
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(
             self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.status}}
+        return {"error": {"message": self.message, "type": kind, "param": self.param,
+                          "code": self.status}}
 
 
 def _number(request, name, default, low, high, integer=False):
@@ -181,6 +184,17 @@ def _number(request, name, default, low, high, integer=False):
         raise ApiError(400, f"{name} must be {'an integer' if integer else 'a number'} "
                             f"from {low:g} to {high:g}, got {json.dumps(value)[:50]}.", name)
     return value
+
+
+def _sampling(request: dict, limits: Limits) -> dict:
+    "The sampling parameters of a request, checked."
+    newer = "max_completion_tokens"
+    most = newer if request.get(newer) is not None else "max_tokens"
+    return {"max_tokens": _number(request, most, limits.max_tokens, 1, limits.reply_tokens, True),
+            "temperature": _number(request, "temperature", limits.temperature, 0, 2),
+            "top_k": _number(request, "top_k", limits.top_k, 1, 1000, integer=True),
+            "top_p": _number(request, "top_p", 1.0, 1e-6, 1),
+            "seed": _number(request, "seed", None, 0, 2**31 - 1, integer=True)}
 
 
 # Fields of OpenAI's API that we do not have, and the values that ask for nothing special.
@@ -199,48 +213,44 @@ def parse_request(
     try:
         request = json.loads(body, parse_constant=no_constant)
     except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"The body must be JSON: {type(error).__name__}: {str(error)[:100]}.") from None
+        raise ApiError(400, f"The body must be JSON ({type(error).__name__}: "
+                            f"{str(error)[:100]}).") from None
     if not isinstance(request, dict):
         raise ApiError(400, f"The body must be a JSON object, got {type(request).__name__}.")
     for name, neutral in NEUTRAL.items():
         if request.get(name) is not None and request[name] not in neutral:
-            raise ApiError(400, f"{name}={json.dumps(request[name])[:50]} is not supported by this server; "
-                                "leave it out.", name)
+            raise ApiError(400, f"{name}={json.dumps(request[name])[:50]} is not supported by "
+                                "this server; leave it out.", name)
     stream, options = request.get("stream") or False, request.get("stream_options") or {}
     if not isinstance(stream, bool):
         raise ApiError(400, "stream must be true or false.", "stream")
     if not isinstance(options, dict):
         raise ApiError(400, "stream_options must be an object.", "stream_options")
-    most = "max_completion_tokens" if request.get("max_completion_tokens") is not None else "max_tokens"
-    params = {"max_tokens": _number(request, most, limits.max_tokens, 1, limits.reply_tokens, integer=True),
-              "temperature": _number(request, "temperature", limits.temperature, 0, 2),
-              "top_k": _number(request, "top_k", limits.top_k, 1, 1000, integer=True),
-              "top_p": _number(request, "top_p", 1.0, 1e-6, 1),
-              "seed": _number(request, "seed", None, 0, 2**31 - 1, integer=True)}
-    return {"messages": parse_messages(request.get("messages"), limits), "params": params,
+    return {"messages": parse_messages(request.get("messages"), limits),
+            "params": _sampling(request, limits),
             "stream": stream, "include_usage": bool(options.get("include_usage"))}
 
 # %% ../nbs/09_serving.ipynb #_content
 def _content(content, where, role, limits):
-    "The text or parts of one message, checked."
+    "The text or parts of one message, checked, and its number of characters."
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
-        single = True
-    elif isinstance(content, list) and content:
-        single = False
-    else:
+    if not isinstance(content, list):
         raise ApiError(400, f"{where} must be text or a list of parts.", where)
     allowed = ("text", "python", "python_output") if role == "assistant" else ("text",)
     parts = []
     for part in content:
-        if not isinstance(part, dict) or part.get("type") not in allowed or not isinstance(part.get("text"), str):
-            raise ApiError(400, f"{where} may have parts of type {', '.join(allowed)}, each with a text.", where)
-        text = part["text"].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        parts.append({"type": part["type"], "text": text})
+        kind, text = (part.get("type"), part.get("text")) if isinstance(part, dict) else (None, None)
+        if kind not in allowed or not isinstance(text, str):
+            raise ApiError(400, f"{where} may have parts of type {', '.join(allowed)}, "
+                                "each with a text.", where)
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        parts.append({"type": kind, "text": text})
     chars = sum(len(part["text"]) for part in parts)
     if not 0 < chars <= limits.message_chars:
-        raise ApiError(400, f"{where} must have 1 to {limits.message_chars:,} characters, got {chars:,}.", where)
-    if single or all(part["type"] == "text" for part in parts):
+        raise ApiError(400, f"{where} must have 1 to {limits.message_chars:,} characters, "
+                            f"got {chars:,}.", where)
+    if all(part["type"] == "text" for part in parts):
         return "\n".join(part["text"] for part in parts), chars
     return parts, chars
 
@@ -251,15 +261,16 @@ def parse_messages(
 ) -> list[dict]:     # the same, clean; content is text or parts
     "Check a conversation: an optional system message, then user and assistant in turn."
     if not isinstance(messages, list) or not 1 <= len(messages) <= limits.messages:
-        raise ApiError(400, f"messages must be a list of 1 to {limits.messages} messages.", "messages")
+        raise ApiError(400, f"messages must be a list of 1 to {limits.messages} messages.",
+                       "messages")
     checked, total, expected = [], 0, ("system", "user")
     for i, message in enumerate(messages):
         role = message.get("role") if isinstance(message, dict) else None
         role = "system" if role == "developer" else role  # OpenAI's newer name for it
         if role not in expected:
-            raise ApiError(400, f"messages[{i}].role is {json.dumps(role)[:50]}, expected {' or '.join(expected)}: "
-                                "after an optional system message, user and assistant take turns.",
-                           f"messages[{i}].role")
+            raise ApiError(400, f"messages[{i}].role is {json.dumps(role)[:50]}, expected "
+                                f"{' or '.join(expected)}: after an optional system message, user "
+                                "and assistant take turns.", f"messages[{i}].role")
         content, chars = _content(message.get("content"), f"messages[{i}].content", role, limits)
         total += chars
         checked.append({"role": role, "content": content})
@@ -267,13 +278,15 @@ def parse_messages(
     if expected != ("assistant",):
         raise ApiError(400, "messages must end with a message of the user.", "messages")
     if total > limits.total_chars:
-        raise ApiError(400, f"messages have {total:,} characters, at most {limits.total_chars:,} are allowed.", "messages")
+        raise ApiError(400, f"messages have {total:,} characters, at most {limits.total_chars:,} "
+                            "are allowed.", "messages")
     return checked
 
 # %% ../nbs/09_serving.ipynb #the-shape-of-an-answer
 def _usage(end):
     prompt, completion = end.get("prompt_tokens", 0), end.get("tokens", 0)
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return {"prompt_tokens": prompt, "completion_tokens": completion,
+            "total_tokens": prompt + completion}
 
 
 def _finish(end):
@@ -293,13 +306,15 @@ async def sse(
     ping_seconds: float = 10.0,    # so often a comment keeps proxies from hanging up
 ) -> AsyncIterator[bytes]:         # server-sent events
     "A reply as a stream of OpenAI's `chat.completion.chunk` objects."
-    head = {"id": _id(), "object": "chat.completion.chunk", "created": int(time.time()), "model": model}
+    head = {"id": _id(), "object": "chat.completion.chunk", "created": int(time.time()),
+            "model": model}
 
     def data(payload):
         return f"data: {json.dumps(payload)}\n\n".encode()
 
     def chunk(delta, finish_reason=None, **extra):
-        return data({**head, "choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}], **extra})
+        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+        return data({**head, "choices": [choice], **extra})
 
     yield chunk({"role": "assistant", "content": ""})
     event = first or await job.next(ping_seconds)
@@ -328,11 +343,14 @@ async def whole(
     "A reply in one piece; raises ApiError if the model fails."
     parts, event = [], {"type": ""}
     while event["type"] != "end":
-        event = await job.next(timeout=3600) or {"type": "error", "status": 504, "message": "No reply in time."}
+        event = await job.next(timeout=3600)
+        if event is None:
+            raise ApiError(504, "The model did not reply in time.")
         if event["type"] == "error":
             raise ApiError(event["status"], event["message"])
         add_event(parts, event)
-    message = {"role": "assistant", "content": "".join(p["text"] for p in parts if p["type"] == "text")}
+    text = "".join(part["text"] for part in parts if part["type"] == "text")
+    message = {"role": "assistant", "content": text}
     if any(part["type"] != "text" for part in parts):
         message["parts"] = parts
     extra = {"dropped_turns": event["dropped_turns"]} if event.get("dropped_turns") else {}
@@ -351,7 +369,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class Guard:
-    "ASGI middleware: checks Host, Origin and key, and adds the headers that keep the page to itself."
+    "ASGI middleware: checks Host, Origin and key; adds headers that keep the page to itself."
 
     def __init__(self, app, hosts: tuple[str, ...] = LOOPBACK, key: str = ""):
         self.app, self.hosts, self.key = app, hosts, key
@@ -384,7 +402,8 @@ class Guard:
             await send(message)
 
         try:
-            self.check(scope["path"], {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]})
+            headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
+            self.check(scope["path"], headers)
         except ApiError as error:
             return await refusal(error)(scope, receive, send_with_headers)
         await self.app(scope, receive, send_with_headers)
@@ -395,7 +414,8 @@ def refusal(error: ApiError) -> "Response":
     return JSONResponse(error.body(), error.status, headers=error.headers)
 
 # %% ../nbs/09_serving.ipynb #the-application
-MEDIA_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
+MEDIA_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript",
+               "svg": "image/svg+xml"}
 
 
 def page_files() -> dict[str, tuple[bytes, str]]:
@@ -414,7 +434,8 @@ async def read_body(
         raise ApiError(415, "The content type must be application/json.")
     if request.headers.get("content-encoding", "identity") != "identity":
         raise ApiError(415, "Compressed bodies are not accepted.")
-    too_large = ApiError(413, f"The body must be at most {limits.body_bytes:,} bytes.", headers={"connection": "close"})
+    close = {"connection": "close"}
+    too_large = ApiError(413, f"The body must be at most {limits.body_bytes:,} bytes.", headers=close)
     if int(request.headers.get("content-length", 0)) > limits.body_bytes:
         raise too_large
 
@@ -429,7 +450,7 @@ async def read_body(
     try:
         return await asyncio.wait_for(read(), limits.receive_seconds)
     except asyncio.TimeoutError:
-        raise ApiError(408, "The request took too long to arrive.", headers={"connection": "close"}) from None
+        raise ApiError(408, "The request took too long to arrive.", headers=close) from None
 
 
 async def cancel_when_gone(request, worker: Worker, job: Job) -> None:
@@ -438,7 +459,71 @@ async def cancel_when_gone(request, worker: Worker, job: Job) -> None:
         pass
     worker.cancel(job)
 
-# %% ../nbs/09_serving.ipynb #make_app
+# %% ../nbs/09_serving.ipynb #ChatRoutes
+class ChatRoutes:
+    "What the server answers: the page, health, models, chat completions."
+
+    def __init__(self, worker: Worker, model_info: dict, limits: Limits, log: Callable[[str], None]):
+        self.worker, self.limits, self.log = worker, limits, log
+        self.model_info = {"object": "model", "created": int(time.time()), "owned_by": "you", **model_info}
+        self.files = page_files()
+
+    async def file(self, request) -> "Response":
+        name = request.path_params.get("name", "index.html")
+        if name not in self.files:
+            raise HTTPException(404)
+        content, media_type = self.files[name]
+        return Response(content, media_type=media_type, headers={"cache-control": "no-cache"})
+
+    async def health(self, request) -> "Response":
+        return JSONResponse({"status": "ok", "waiting": len(self.worker.waiting),
+                             "busy": self.worker.serving is not None})
+
+    async def models(self, request) -> "Response":
+        return JSONResponse({"object": "list", "data": [self.model_info]})
+
+    async def complete(self, request) -> "Response":
+        wanted = parse_request(await read_body(request, self.limits), self.limits)
+        try:
+            job = self.worker.submit(wanted["messages"], wanted["params"])
+        except Busy:
+            raise ApiError(429, "The model is busy and the line is full; try again in a few seconds.",
+                           headers={"retry-after": "5"}) from None
+        self._watch(request, job)
+        if not wanted["stream"]:
+            return JSONResponse(await whole(job, self.model_info["id"]))
+        first = await job.next(timeout=5)
+        if first is not None and first["type"] == "error":
+            raise ApiError(first["status"], first["message"])
+        return StreamingResponse(sse(job, first, self.model_info["id"], wanted["include_usage"]),
+                                 media_type="text/event-stream",
+                                 headers={"cache-control": "no-store", "x-accel-buffering": "no"})
+
+    def _watch(self, request, job: Job) -> None:
+        "Stop the reply if its reader hangs up; log one line when all is over: counts, never text."
+        begun = time.monotonic()
+
+        def report(task):
+            end = job.end or {"finish_reason": "cancelled"}
+            self.log(f"{len(job.messages)} messages in, {end.get('tokens', 0)} tokens out, "
+                     f"{end.get('finish_reason', 'error')}, {time.monotonic() - begun:.1f} s")
+        job.watcher = asyncio.create_task(cancel_when_gone(request, self.worker, job))
+        job.watcher.add_done_callback(report)
+
+# %% ../nbs/09_serving.ipynb #_refused
+async def _refused(request, error):
+    return refusal(error)
+
+
+async def _http_error(request, error):
+    message = f"{request.method} {request.url.path[:100]}: {error.detail}."
+    return refusal(ApiError(error.status_code, message, headers=error.headers))
+
+
+async def _our_fault(request, error):
+    return refusal(ApiError(500, "The server failed; its log says more."))
+
+
 def make_app(
     reply_fn: ReplyFn,                                # makes the events of a reply
     model_info: dict,                                 # at least "id", the model's name
@@ -447,56 +532,12 @@ def make_app(
     key: str = "",                                    # required from clients if not empty
     max_waiting: int = 16,                            # readers in line
     log: Callable[[str], None] = lambda line: None,   # gets one line per reply: counts, never text
-) -> "Starlette":
+) -> "Starlette":                                     # an ASGI application
     "The server's application: chat page, health, models, chat completions."
     if Starlette is None:
         raise UserError('the server needs starlette and uvicorn: pip install "nanochat_nb[serve]"')
-    worker, files, started = Worker(reply_fn, max_waiting), page_files(), int(time.time())
-
-    async def file(request):
-        name = request.path_params.get("name", "index.html")
-        if name not in files:
-            raise HTTPException(404)
-        content, media_type = files[name]
-        return Response(content, media_type=media_type, headers={"cache-control": "no-cache"})
-
-    async def health(request):
-        return JSONResponse({"status": "ok", "waiting": len(worker.waiting), "busy": worker.serving is not None})
-
-    async def models(request):
-        return JSONResponse({"object": "list", "data": [
-            {"object": "model", "created": started, "owned_by": "you", **model_info}]})
-
-    async def complete(request):
-        begun = time.monotonic()
-        wanted = parse_request(await read_body(request, limits), limits)
-        try:
-            job = worker.submit(wanted["messages"], wanted["params"])
-        except Busy:
-            raise ApiError(429, "The model is busy and the line is full; try again in a few seconds.",
-                           headers={"retry-after": "5"}) from None
-        watcher = asyncio.create_task(cancel_when_gone(request, worker, job))
-        watcher.add_done_callback(lambda _: log(
-            f"{len(wanted['messages'])} messages in, {job.end.get('tokens', 0)} tokens out, "
-            f"{job.end.get('finish_reason', 'error')}, {time.monotonic() - begun:.1f} s"))
-        if not wanted["stream"]:
-            return JSONResponse(await whole(job, model_info["id"]))
-        first = await job.next(timeout=5)
-        if first is not None and first["type"] == "error":
-            raise ApiError(first["status"], first["message"])
-        return StreamingResponse(sse(job, first, model_info["id"], wanted["include_usage"]),
-                                 media_type="text/event-stream",
-                                 headers={"cache-control": "no-store", "x-accel-buffering": "no"})
-
-    async def api_error(request, error):
-        return refusal(error)
-
-    async def http_error(request, error):
-        return refusal(ApiError(error.status_code, f"{request.method} {request.url.path[:100]}: "
-                                                   f"{error.detail}.", headers=error.headers))
-
-    async def our_fault(request, error):
-        return refusal(ApiError(500, "The server failed; its log says more."))
+    worker = Worker(reply_fn, max_waiting)
+    routes = ChatRoutes(worker, model_info, limits, log)
 
     @asynccontextmanager
     async def lifespan(app):
@@ -504,9 +545,10 @@ def make_app(
         worker.close()
 
     app = Starlette(
-        routes=[Route("/", file), Route("/static/{name}", file), Route("/health", health),
-                Route("/v1/models", models), Route("/v1/chat/completions", complete, methods=["POST"])],
-        exception_handlers={ApiError: api_error, HTTPException: http_error, Exception: our_fault},
+        routes=[Route("/", routes.file), Route("/static/{name}", routes.file),
+                Route("/health", routes.health), Route("/v1/models", routes.models),
+                Route("/v1/chat/completions", routes.complete, methods=["POST"])],
+        exception_handlers={ApiError: _refused, HTTPException: _http_error, Exception: _our_fault},
         lifespan=lifespan)
     app.add_middleware(Guard, hosts=hosts, key=key)
     return app
@@ -520,10 +562,11 @@ def listen(
     try:
         if not 0 <= port < 65536:
             raise OverflowError  # some systems would take it modulo 65536
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, OverflowError, UnicodeError):
         raise UserError(f"cannot listen on host={host!r}, port={port}: no such address; "
                         "try --host=127.0.0.1 --port=8000.") from None
+    family, kind, protocol, _, address = found[0]
     sock = socket.socket(family, kind, protocol)
     try:
         if os.name == "posix":  # on Windows this option would let two servers share a port
@@ -539,8 +582,9 @@ def listen(
 
 def _server(app) -> "uvicorn.Server":
     "A quiet server that gives replies five seconds to finish when it is told to stop."
-    return uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, server_header=False,
-                                         timeout_keep_alive=30, timeout_graceful_shutdown=5))
+    return uvicorn.Server(uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False,
+        timeout_keep_alive=30, timeout_graceful_shutdown=5))
 
 
 def url_of(sock: socket.socket, host: str) -> str:
@@ -583,20 +627,20 @@ def serve(
         raise UserError('the server needs starlette and uvicorn: pip install "nanochat_nb[serve]"')
     limits = Limits(temperature=temperature, top_k=top_k, max_tokens=max_tokens)
     try:
-        parse_request(json.dumps({"messages": [{"role": "user", "content": "x"}], "temperature": temperature,
-                                  "top_k": top_k, "max_tokens": max_tokens}).encode(), limits)
+        _sampling({"temperature": temperature, "top_k": top_k, "max_tokens": max_tokens}, limits)
     except ApiError as error:
         raise UserError(error.message) from None
     sock = listen(host, port)
     try:
         engine, info = load_engine(source, model_tag, step, device_type)
-        key = "" if host in LOOPBACK else os.environ.get("NANOCHAT_API_KEY") or secrets.token_urlsafe(16)
+        key = "" if host in LOOPBACK else \
+            os.environ.get("NANOCHAT_API_KEY") or secrets.token_urlsafe(16)
         app = make_app(reply_with(engine), info, limits, key=key,
                        log=lambda line: print(time.strftime("%H:%M:%S"), line, flush=True))
         print(f"Chat with {info['id']} at {url_of(sock, host)}" + f"/#key={key}" * bool(key)
               + "  (Ctrl-C stops)", flush=True)
         for name in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(name, lambda *_: None)  # uvicorn raises it again when it is done: exit code 0
+            signal.signal(name, lambda *_: None)  # uvicorn raises it again at its end: exit code 0
         _server(app).run(sockets=[sock])
     finally:
         sock.close()

@@ -43,6 +43,9 @@ def printable(
     return text.translate(_CONTROL)
 
 
+_FRAME = {"text": "{}", "python": "[{}", "python_output": " → {}]"}
+
+
 def show_reply(
     events: Iterable[dict],        # what a reply_fn yields
     write: Callable[[str], None],  # shows a piece of text at once
@@ -56,7 +59,7 @@ def show_reply(
         if event["type"] == "end":
             end = event
         else:
-            write({"text": text, "python": f"[{text}", "python_output": f" → {text}]"}[event["type"]])
+            write(_FRAME[event["type"]].format(text))
         calling = event["type"] == "python"
         add_event(parts, event)
     return parts, end
@@ -64,7 +67,7 @@ def show_reply(
 # %% ../nbs/09a_terminal.ipynb #ctrl-c-once-and-twice
 @contextmanager
 def stop_on_interrupt():
-    "Within this block the first Ctrl-C sets the event that `with` gives; the second raises KeyboardInterrupt."
+    "Within this block the first Ctrl-C sets the event that `with` gives; the second raises."
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop                            # only the main thread may handle signals
@@ -157,7 +160,8 @@ def furthest_stage(
             continue
         return stage
     which = f" with model_tag={model_tag!r}" * bool(model_tag) + f" at step {step}" * (step >= 0)
-    raise UserError(f"there is no trained model{which} yet; `bash speedrun.sh` trains one in a few minutes.")
+    raise UserError(f"there is no trained model{which} yet; `bash speedrun.sh` trains one in a few "
+                    "minutes.")
 
 
 def load_engine(
@@ -172,7 +176,7 @@ def load_engine(
     source = source or furthest_stage(model_tag, step)
     compute = compute_init(device_type)
     model, tokenizer, meta = load_model(source, compute, tag=model_tag, step=step)
-    info = {"id": f"nanochat-d{model.config.n_layer}-{source}", "stage": source, "step": meta["step"],
+    info = {"id": f"nanochat-{meta['tag']}-{source}", "stage": source, "step": meta["step"],
             "parameters": sum(p.numel() for p in model.parameters()),
             "context": model.config.sequence_len, "device": str(compute.device)}
     return Engine(model, tokenizer), info
@@ -198,7 +202,7 @@ def terminal_chat(
     model_tag: str = "",       # which model; empty: the newest
     step: int = -1,            # which checkpoint; -1: the last
     device_type: str = "",     # cuda, mps or cpu; empty: the best there is
-    temperature: float = 0.6,  # 0 always takes the likeliest token; 1 samples from the model's own odds
+    temperature: float = 0.6,  # 0 always takes the likeliest token; 1 samples the model's own odds
     top_k: int = 50,           # sample among this many likeliest tokens
     max_tokens: int = 256,     # longest reply
     seed: int = -1,            # same seed, same replies; -1: different every time
@@ -209,7 +213,7 @@ def terminal_chat(
                         f"max_tokens={max_tokens} at least 1.")
     for stream in (sys.stdin, sys.stdout):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 is no reason to stop
+            stream.reconfigure(errors="replace")  # a terminal without UTF-8 is no reason to stop
     params = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k,
               "seed": None if seed < 0 else seed}
     engine, info = load_engine(source, model_tag, step, device_type)
@@ -238,7 +242,8 @@ def _run(reply_fn: ReplyFn, info: dict, prompt: str, params: dict) -> None:
         return
     if person:
         import readline  # noqa: F401  (gives input() editing and history)
-        note(f"{info['id']}, {info['parameters'] / 1e6:,.1f} million parameters, step {info['step']}. {HELP}")
+        note(f"{info['id']}, {info['parameters'] / 1e6:,.1f} million parameters, "
+             f"step {info['step']}. {HELP}")
     chat_loop(reply_fn, params, lambda: input("\n> " if person else ""), write, note)
     if person:
         write("\n")

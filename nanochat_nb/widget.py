@@ -18,8 +18,8 @@ from .terminal import ReplyFn, add_event, reply_with
 
 # %% ../nbs/09b_widget.ipynb #words-not-markup
 _STYLE = {
-    "user": "margin:.4em 0 .8em auto;padding:.4em .9em;border-radius:1em;width:fit-content;max-width:85%;"
-            "background:rgba(128,128,128,.16)",
+    "user": "margin:.4em 0 .8em auto;padding:.4em .9em;border-radius:1em;width:fit-content;"
+            "max-width:85%;background:rgba(128,128,128,.16)",
     "assistant": "margin:.4em 0 .8em 0;padding:.2em 0",
     "tool": "font-family:monospace;font-size:.9em;padding:.1em .6em;border-radius:1em;"
             "border:1px solid rgba(128,128,128,.5)",
@@ -37,7 +37,7 @@ def _parts_html(content: str | list[dict]) -> str:
         if part["type"] == "text":
             pieces.append(text)
         elif part["type"] == "python":
-            pieces.append(f'<span style="{_STYLE["tool"]}">{text}' + ("" if answered else "</span>"))
+            pieces.append(f'<span style="{_STYLE["tool"]}">{text}' + "</span>" * (not answered))
         else:
             pieces.append(f" → {text}</span>")
     return "".join(pieces)
@@ -69,15 +69,16 @@ class ChatWidget:
         self.messages: list[dict] = []
         self.note, self.task, self.halt = "", None, threading.Event()
         self.view = w.HTML()
-        self.text = w.Textarea(placeholder="Message", rows=2, layout=w.Layout(width="auto", flex="1"))
-        self.text.tooltip = "Message"
+        self.text = w.Textarea(placeholder="Message", tooltip="Message", rows=2,
+                               layout=w.Layout(width="auto", flex="1"))
         self.send = w.Button(description="Send", button_style="primary", tooltip="Send the message")
         self.stop = w.Button(description="Stop", disabled=True, tooltip="Stop the reply")
         self.new = w.Button(description="New chat", tooltip="Forget this conversation")
         self.send.on_click(self._on_send)
         self.stop.on_click(lambda _: self.halt.set())
         self.new.on_click(self._on_new)
-        self.box = w.VBox([self.view, w.HBox([self.text, w.VBox([self.send, self.stop, self.new])])],
+        buttons = w.VBox([self.send, self.stop, self.new])
+        self.box = w.VBox([self.view, w.HBox([self.text, buttons])],
                           layout=w.Layout(max_width="46rem"))
 
     def _ipython_display_(self):
@@ -120,7 +121,8 @@ class ChatWidget:
                 if time.monotonic() - shown > self.seconds_per_frame and messages is self.messages:
                     self.draw()
                     shown = time.monotonic()
-            note = {"cancelled": "Stopped.", "length": "Cut at the limit on tokens."}.get(end.get("finish_reason"), "")
+            remarks = {"cancelled": "Stopped.", "length": "Cut at the limit on tokens."}
+            note = remarks.get(end.get("finish_reason"), "")
         except UserError as error:
             note = str(error)
         finally:

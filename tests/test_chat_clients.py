@@ -10,7 +10,7 @@ import pytest
 from tiny_model import save_tiny_model
 
 from nanochat_nb.common import UserError
-from nanochat_nb.terminal import chat_loop, printable, reply_once, show_reply, stop_on_interrupt
+from nanochat_nb.terminal import chat_loop, printable, reply_once, show_reply, stop_on_interrupt, terminal_chat
 
 
 @pytest.fixture(scope="module")
@@ -28,37 +28,36 @@ def terminal(base_dir, *flags, text=None, **options):
 
 # ---------------------------------------------------------------- the terminal as a process
 
-def test_one_prompt(model_dir, tmp_path):
+def test_one_prompt(model_dir, tmp_path, monkeypatch, capsys):
     flags = ["--prompt=Hello!", "--seed=3", "--max_tokens=12", "--device_type=cpu"]
-    first, again = (terminal(model_dir, *flags, cwd=tmp_path) for _ in range(2))
-    assert first.returncode == 0 and first.stderr == "" and first.stdout.endswith("\n") and first.stdout.strip()
-    assert first.stdout == again.stdout                        # same seed, same reply
+    run = terminal(model_dir, *flags, cwd=tmp_path)
+    assert run.returncode == 0 and run.stderr == "" and run.stdout.endswith("\n") and run.stdout.strip()
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(model_dir))
+    terminal_chat(prompt="Hello!", seed=3, max_tokens=12, device_type="cpu")
+    assert capsys.readouterr().out == run.stdout               # same seed, same reply
 
 
 def test_a_pipe_of_many_turns(model_dir):
-    run = terminal(model_dir, "--source=sft", "--seed=3", "--max_tokens=8", text="Hello!\n\n/new\nHello!\nwhat\n/quit\nno\n")
-    assert run.returncode == 0
-    assert "A new conversation." in run.stderr and ">" not in run.stderr   # remarks, no prompts
-    assert run.stdout.count("\n") >= 3
-
-
-def test_what_does_not_fit(model_dir):
-    run = terminal(model_dir, "--max_tokens=4", text="x" * 3000 + "\n" + "hello hello hello\n" * 12)
-    assert run.returncode == 0 and "shorten it" in run.stderr
-    assert "no longer fit" in run.stderr
+    lines = ["Hello!", "", "x" * 3000, *["hello " * 20] * 8, "/new", "what", "/quit", "no"]
+    run = terminal(model_dir, "--source=sft", "--max_tokens=4", text="\n".join(lines))
+    assert run.returncode == 0 and ">" not in run.stderr       # remarks, no prompts
+    for remark in ("A new conversation.", "shorten it", "no longer fit"):
+        assert remark in run.stderr
+    assert run.stdout.count("\n") >= 9
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--source=rl"], "reinforcement"), (["--source=what"], "not one of"), (["--temperature=-1"], "temperature"),
-    (["--max_tokens=0"], "max_tokens"), (["--model_tag=d99"], "d99"), (["--device_type=tpu"], "tpu"),
+    ({"source": "rl"}, "reinforcement"), ({"source": "what"}, "not one of"), ({"temperature": -1.0}, "temperature"),
+    ({"max_tokens": 0}, "max_tokens"), ({"model_tag": "d99"}, "d99"), ({"device_type": "tpu"}, "tpu"),
 ])
-def test_bad_flags_are_one_line(model_dir, flags, words):
-    run = terminal(model_dir, "--prompt=hi", *flags)
-    assert run.returncode == 2 and run.stdout == ""
-    assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1 and words in run.stderr, run.stderr
+def test_bad_flags_are_refused(model_dir, monkeypatch, flags, words):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(model_dir))
+    with pytest.raises(UserError) as caught:
+        terminal_chat(prompt="hi", **flags)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_nothing_trained_yet(tmp_path):
+def test_nothing_trained_yet_is_one_line(tmp_path):
     run = terminal(tmp_path, "--prompt=hi")
     assert run.returncode == 2 and "speedrun.sh" in run.stderr and run.stderr.count("\n") == 1
 

@@ -219,7 +219,7 @@ def test_prepare_folder(folder, capsys):
 
 class Hub(http.server.BaseHTTPRequestHandler):
     "The few addresses of the hub that a download touches; `spoil` changes what is sent for a path."
-    files, spoil, requests = {}, {}, []
+    files, spoil, requests, busy = {}, {}, [], {}
     commit = "0123456789abcdef0123456789abcdef01234567"
 
     def do_HEAD(self):
@@ -235,6 +235,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
                                "lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data),
                                        "pointerSize": 130}} for name, data in self.files.items()])
         name = path.split(f"/resolve/{self.commit}/")[-1]
+        if self.busy.get(name, 0):
+            self.busy[name] -= 1
+            return self.send({"error": "busy"}, 503)
         data = self.spoil.get(name, self.files.get(name))
         if data is None:
             return self.send({"error": "Entry not found"}, 404)
@@ -260,7 +263,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 def hub(tmp_path, monkeypatch):
     source = write_shards(tmp_path / "hub", [STORIES[i * 10:i * 10 + 10] for i in range(4)])
     Hub.files = {p.name: p.read_bytes() for p in sorted((source / "text").iterdir())}
-    Hub.spoil, Hub.requests = {}, []
+    Hub.spoil, Hub.requests, Hub.busy = {}, [], {}
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
@@ -303,10 +306,16 @@ def test_failed_downloads_are_counted_and_not_kept(hub, base):
 
 
 def test_missing_shard(hub, base):
-    gone = "shard_00001.parquet"
-    hub.spoil[gone] = None
+    hub.spoil["shard_00001.parquet"] = None
     with pytest.raises(UserError, match="1 of the 4 shards"):
         download_source("climbmix")
+    assert sum(request.endswith("shard_00001.parquet") for request in hub.requests) == 1  # not asked again
+
+
+def test_busy_server_is_asked_again(hub, base):
+    hub.busy["shard_00001.parquet"] = 3
+    download_source("climbmix")
+    assert len(Documents("climbmix")) == 30 and hub.busy == {"shard_00001.parquet": 0}
 
 
 def test_unreachable_hub_is_one_line(base, monkeypatch):

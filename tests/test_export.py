@@ -164,6 +164,8 @@ def test_replaces_only_exports(tokenizer, tmp_path):
         write_hf_folder(model, tokenizer, tmp_path / "mine")
     with pytest.raises(UserError, match="is a file"):
         write_hf_folder(model, tokenizer, tmp_path / "mine" / "thesis.txt")
+    with pytest.raises(UserError, match="cannot write in"):
+        write_hf_folder(model, tokenizer, tmp_path / "mine" / "thesis.txt" / "made")
     with pytest.raises(UserError, match="float32, bfloat16"):
         write_hf_folder(model, tokenizer, tmp_path / "x", dtype="int8")
     (tmp_path / "empty").mkdir()

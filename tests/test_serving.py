@@ -17,7 +17,7 @@ import pytest
 from tiny_model import save_tiny_model
 
 from nanochat_nb.common import UserError
-from nanochat_nb.serving import Guard, Limits, Worker, listen, make_app, parse_request, serving
+from nanochat_nb.serving import Guard, Limits, Worker, listen, make_app, parse_request, serve, serving
 
 HELLO = [{"role": "user", "content": "hello"}]
 CHAT = "/v1/chat/completions"
@@ -283,7 +283,7 @@ def test_crowd(http, actor):
             time.sleep(0.01)
     responses = [reply.result() for reply in replies]
     assert {r.status_code for r in responses} == {200, 429}
-    assert sum(r.status_code == 200 for r in responses) >= 5
+    assert sum(r.status_code == 200 for r in responses) >= 4
     refused = next(r for r in responses if r.status_code == 429)
     assert refused.headers["retry-after"] == "5" and refused.json()["error"]["type"] == "rate_limit_error"
     assert slowest < 0.5      # 50 ms on an idle machine; this one may be busy
@@ -313,25 +313,25 @@ def test_pings_while_waiting_and_the_time_limit():
 
 # ---------------------------------------------------------------- the command
 
-def test_port_busy_is_said_before_a_model_is_looked_for(tmp_path):
+def test_port_busy_is_one_line_before_a_model_is_looked_for(tmp_path):
     with listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         run = subprocess.run([sys.executable, "-m", "nanochat_nb.serving", f"--port={port}"],
                              capture_output=True, text=True, env={**os.environ, "NANOCHAT_BASE_DIR": str(tmp_path)})
-    assert run.returncode == 2 and run.stderr.count("\n") == 1
+    assert run.returncode == 2 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1, run.stderr
     assert f"port {port}" in run.stderr and "--port=" in run.stderr
 
 
 @pytest.mark.parametrize("flags, words", [
-    ([], "speedrun.sh"), (["--source=sft"], "--stage"), (["--source=stf"], "not one of"),
-    (["--max_tokens=0"], "max_tokens"), (["--temperature=nan"], "temperature"), (["--port=99999"], "port"),
-    (["--host=not.a.host.invalid"], "host"),
+    ({}, "speedrun.sh"), ({"source": "sft"}, "--stage"), ({"source": "stf"}, "not one of"),
+    ({"max_tokens": 0}, "max_tokens"), ({"temperature": float("nan")}, "temperature"), ({"top_k": 0}, "top_k"),
+    ({"port": 99999}, "port"), ({"port": -1}, "port"), ({"host": "not.a.host.invalid"}, "host"),
 ])
-def test_bad_flags_are_one_line(tmp_path, flags, words):
-    run = subprocess.run([sys.executable, "-m", "nanochat_nb.serving", "--port=0", *flags],
-                         capture_output=True, text=True, env={**os.environ, "NANOCHAT_BASE_DIR": str(tmp_path)})
-    assert run.returncode == 2 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1, run.stderr
-    assert words in run.stderr
+def test_bad_settings_are_refused(tmp_path, monkeypatch, flags, words):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    with pytest.raises(UserError) as caught:
+        serve(**{"port": 0, **flags})
+    assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")

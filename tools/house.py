@@ -4,6 +4,7 @@
 see that it can fail.  Nothing here runs a notebook or changes a file of the checkout.
 """
 import ast
+import functools
 import graphlib
 import importlib.util
 import json
@@ -34,7 +35,13 @@ def names(root: Path) -> list[str]:
 
 
 def read(root: Path, name: str):
-    return nbformat.read(root / "nbs" / f"{name}.ipynb", 4)
+    return parse((root / "nbs" / f"{name}.ipynb").read_text(encoding="utf-8"))
+
+
+@functools.lru_cache(maxsize=64)
+def parse(text: str):
+    "A notebook, to be looked at and not changed; the rules share it."
+    return nbformat.v4.reads(text)
 
 
 # ---------------------------------------------------------------- the package mirrors the notebooks
@@ -148,7 +155,7 @@ def imported(source: str) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module == "nanochat_nb":
-            found |= {f"nanochat_nb.{alias.name}" for alias in node.names}
+            found |= {f"nanochat_nb.{a.name}" for a in node.names if a.name != "__version__"}
         elif isinstance(node, ast.ImportFrom):
             found.add(node.module or "")
     return {name.split(".")[1] for name in found if name.startswith("nanochat_nb.")}

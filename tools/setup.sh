@@ -40,14 +40,14 @@ setup_venv() {
     pin="$(sed -n 's/^torch==//p' "$root/constraints.txt")"
     torch="$(setup_torch_version "$python" "$root")"
     if [ -z "$torch" ]; then
-        echo "setup: installing torch $pin (once)"
+        echo "setup: installing torch $pin (once, a few minutes)"
         if ! setup_cpu_torch "$python" "$pin"; then
             "$python" -m pip install --quiet --disable-pip-version-check "torch==$pin" \
                 || setup_error "torch $pin could not be installed (see above); install any torch into .venv and try again." || return 1
         fi
         torch="$(setup_torch_version "$python" "$root")"
     fi
-    echo "setup: installing nanochat_nb${extras:+[$extras]} beside torch $torch (once)"
+    echo "setup: installing nanochat_nb${extras:+[$extras]} beside torch $torch (once, a few minutes)"
     sed "s/^torch==.*/torch==${torch%%+*}/" "$root/constraints.txt" > "$venv/constraints.txt"
     "$python" -m pip install --quiet --disable-pip-version-check --constraint "$venv/constraints.txt" \
         --editable "$root${extras:+[$extras]}" || setup_error "the installation failed (see above)." || return 1
