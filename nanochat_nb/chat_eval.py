@@ -52,7 +52,7 @@ def choose_letters(
             chosen.append(names[int(row[ids].argmax())])
     return chosen
 
-# %% ../nbs/07d_chat_eval.ipynb #writing-judge-the-reply
+# %% ../nbs/07d_chat_eval.ipynb #write_replies
 def write_replies(
     engine: Engine,
     prompts: list[list[int]],

@@ -109,7 +109,7 @@ def checkpoint_folder(
     if stage not in MADE_BY:
         raise UserError(f"stage {stage!r} is not one of {', '.join(MADE_BY)}.")
     if tag and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", tag):
-        raise UserError(f"model tag {tag!r} may hold only letters, digits, '.', '_' and '-'; try d4.")
+        raise UserError(f"model tag {tag!r} may hold only letters, digits, '.', '_', '-'; try d4.")
     return base_dir() / "checkpoints" / stage / tag
 
 
@@ -127,15 +127,15 @@ def git_commit() -> str | None:
 def _versions() -> dict[str, str]:
     "Of what the numbers may depend on."
     from nanochat_nb import __version__
-    return {"nanochat_nb": __version__, "python": platform.python_version(), "torch": torch.__version__,
-            "numpy": np.__version__}
+    return {"nanochat_nb": __version__, "python": platform.python_version(),
+            "torch": torch.__version__, "numpy": np.__version__}
 
 
 @contextlib.contextmanager
 def _all_ranks(world_size: int):
-    """A stretch of work that ends with a barrier; if one rank fails in it, all raise, with its cause.
+    """Work that ends with a barrier; if one rank fails in it, all raise, with its cause.
 
-    Gives a list that holds each rank's random states when the stretch is over.
+    Gives a list that holds each rank's random states when the work is over.
     """
     states, error = [], None
     try:
@@ -147,7 +147,8 @@ def _all_ranks(world_size: int):
         mine, everyone = everyone[0], [None] * world_size
         dist.all_gather_object(everyone, mine)
     if failed := [f"rank {rank}: {text}" for rank, (text, _) in enumerate(everyone) if text]:
-        raise UserError(f"checkpoint not saved ({'; '.join(failed)}); earlier ones are untouched.") from error
+        raise UserError(f"checkpoint not saved ({'; '.join(failed)}); "
+                        "earlier ones are untouched.") from error
     states.extend(state for _, state in everyone)
 
 
@@ -170,7 +171,7 @@ def save_checkpoint(
     step: int,         # optimizer steps done
     model: nn.Module,  # a GPT; the same on every rank
     optimizer=None,    # a MuonAdamW; each rank saves what it owns
-    meta: dict | None = None,  # JSON-able: settings, "loader" state, "tokenizer_fingerprint", metrics …
+    meta: dict | None = None,  # JSON-able: settings, loader state, tokenizer_fingerprint …
     keep: int = 2,     # newest checkpoints of this tag to keep; 0 keeps all
     rank: int = 0,
     world_size: int = 1,
@@ -184,8 +185,8 @@ def save_checkpoint(
     try:
         with _all_ranks(world_size):
             weights = plain_state_dict(model)
-            if bad := next((name for name, t in weights.items() if not torch.isfinite(t).all()), None):
-                raise UserError(f"weight {bad} is not finite at step {step}")
+            if bad := [name for name, t in weights.items() if not torch.isfinite(t).all()]:
+                raise UserError(f"weight {bad[0]} is not finite at step {step}")
             json.dumps(meta or {})  # fail before anything is written
             if rank == 0:
                 _clear_leftovers(final.parent)
@@ -217,7 +218,7 @@ def _publish(temporary: Path, final: Path, meta: dict) -> None:
     atomic_write(temporary / "meta.json", json.dumps(meta, indent=1) + "\n")
     sync_to_disk(temporary)
     old = final.with_name(final.name + ".old")
-    if final.exists():  # a folder cannot be renamed onto a full one; `.old` is found too, so none is lost
+    if final.exists():  # a folder cannot be renamed onto a full one; `.old` is found too
         shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
     temporary.rename(final)
@@ -232,7 +233,7 @@ def _clear_leftovers(folder: Path) -> None:
 
 
 def _retire(folder: Path, keep: int) -> None:
-    "Delete all but the newest `keep` checkpoints: hidden first, so that none is ever seen half deleted."
+    "Delete all but the newest `keep` checkpoints; hidden first, so none is seen half deleted."
     for path in _candidates([folder])[keep:] if keep > 0 else []:
         hidden = path.with_name(f".{path.name}.deleted")
         path.rename(hidden)
@@ -262,10 +263,11 @@ def read_meta(
         meta = json.loads((Path(path) / "meta.json").read_text(encoding="utf-8"))
         version = meta["format_version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} has no readable meta.json ({error or type(error).__name__}).") from None
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path} has no readable meta.json ({reason}).") from None
     if version != FORMAT_VERSION:
-        raise UserError(f"{path} has format version {version!r}; this release reads {FORMAT_VERSION}: "
-                        "install the release that wrote it, or train again.")
+        raise UserError(f"{path} has format version {version!r}; this release reads "
+                        f"{FORMAT_VERSION}: install the release that wrote it, or train again.")
     return meta
 
 
@@ -305,8 +307,7 @@ def find_checkpoint(
     folders = [folder] if tag else (list(folder.iterdir()) if folder.is_dir() else [])
     found = _candidates(folders)
     if step >= 0:
-        steps = sorted({p.name.removeprefix("step_").removesuffix(".old").lstrip("0") or "0" for p in found},
-                       key=int)
+        steps = [str(n) for n in sorted({int(re.search(r"\d+", p.name)[0]) for p in found})]
         found = [p for p in found if p.name.split(".")[0] == f"step_{step:06d}"]
         if steps and not found:
             raise UserError(f"there is no step {step} of {stage} {tag or 'checkpoints'}; "
@@ -344,7 +345,7 @@ def load_weights(
             raise UserError(f"{file}: {name} has shape {tuple(tensors[name].shape)}, "
                             f"expected {tuple(tensor.shape)}: it holds another model.")
         if not torch.isfinite(tensors[name]).all():
-            raise UserError(f"{file}: {name} holds values that are not finite; use an earlier step.")
+            raise UserError(f"{file}: {name} holds values that are not finite; try another step.")
     if extra := sorted(set(tensors) - set(own)):
         raise UserError(f"{file} has {extra[0]}, which this model lacks: it holds another model.")
     with torch.no_grad():
@@ -358,23 +359,23 @@ def load_model(
     tag: str = "",     # the model's name; empty: whichever was saved last
     step: int = -1,    # a certain step; -1: the newest whole one
     tokenizer: Tokenizer | None = None,  # None: the one in the base directory
-) -> tuple[GPT, Tokenizer, dict]:        # model ready to evaluate, its tokenizer, the checkpoint's meta
+) -> tuple[GPT, Tokenizer, dict]:        # model ready to evaluate, tokenizer, checkpoint's meta
     "A trained model with its tokenizer."
     path = find_checkpoint(stage, tag, step, verify="model")
     meta = read_meta(path)
     tokenizer = tokenizer or Tokenizer.load()
     fingerprint = meta.get("tokenizer_fingerprint")
     if fingerprint and fingerprint != tokenizer.fingerprint():
-        raise UserError(f"{path} was trained with another tokenizer ({fingerprint[:12]}…) than the one here "
-                        f"({tokenizer.fingerprint()[:12]}…); bring that one back, or train again with "
-                        f"`{MADE_BY['base']}`.")
+        raise UserError(f"{path} was trained with another tokenizer ({fingerprint[:12]}…) than the "
+                        f"one here ({tokenizer.fingerprint()[:12]}…); bring that one back, or "
+                        f"train again with `{MADE_BY['base']}`.")
     try:
         config = GPTConfig(**meta["config"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: its config does not fit this release ({error}).") from None
     if config.vocab_size != tokenizer.vocab_size:
-        raise UserError(f"{path} has a vocabulary of {config.vocab_size:,} tokens, the tokenizer here "
-                        f"{tokenizer.vocab_size:,}; bring the tokenizer of its training back.")
+        raise UserError(f"{path} has a vocabulary of {config.vocab_size:,} tokens, the tokenizer "
+                        f"here {tokenizer.vocab_size:,}; bring the tokenizer of its training back.")
     with compute.device:  # tables and buffers are made where they will live
         model = GPT(config)
     load_weights(path, model)
@@ -386,7 +387,7 @@ def load_optimizer_state(
     path: Path,                # a checkpoint's folder
     keys=None,                 # which entries, e.g. `optimizer.state_dict()`; None: all
 ) -> dict[str, Tensor]:        # `name|key` → tensor on the CPU, from however many ranks saved it
-    "The optimizer's state by parameter name, for `MuonAdamW.load_state_dict` at any number of ranks."
+    "The optimizer's state by parameter name, as `MuonAdamW.load_state_dict` takes it."
     parts = sorted(name for name in read_meta(path)["files"] if name.startswith("optimizer-"))
     if not parts:
         raise UserError(f"{path} was saved without its optimizer; start with a fresh one.")
@@ -394,7 +395,9 @@ def load_optimizer_state(
     for name in parts:
         try:
             with safe_open(Path(path) / name, framework="pt") as part:
-                state |= {key: part.get_tensor(key) for key in part.keys() if keys is None or key in keys}
+                state |= {key: part.get_tensor(key) for key in part.keys()
+                          if keys is None or key in keys}
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}/{name} is not a readable safetensors file ({error}).") from None
+            reason = f"{path}/{name} is not a readable safetensors file ({error})."
+            raise UserError(reason) from None
     return state

@@ -47,6 +47,7 @@ class Job:
         self.stop = threading.Event()   # the reader has left or wants no more
         self.deadline = float("inf")    # set when the reply begins: waiting does not count
         self.end = {}                   # the last event, for the log
+        self.watcher = None             # the task that waits for the reader to hang up
 
     def cancelled(self) -> bool:
         "Asked by the engine before every token."
@@ -240,7 +241,8 @@ def _content(content, where, role, limits):
     allowed = ("text", "python", "python_output") if role == "assistant" else ("text",)
     parts = []
     for part in content:
-        kind, text = (part.get("type"), part.get("text")) if isinstance(part, dict) else (None, None)
+        part = part if isinstance(part, dict) else {}
+        kind, text = part.get("type"), part.get("text")
         if kind not in allowed or not isinstance(text, str):
             raise ApiError(400, f"{where} may have parts of type {', '.join(allowed)}, "
                                 "each with a text.", where)
@@ -435,7 +437,8 @@ async def read_body(
     if request.headers.get("content-encoding", "identity") != "identity":
         raise ApiError(415, "Compressed bodies are not accepted.")
     close = {"connection": "close"}
-    too_large = ApiError(413, f"The body must be at most {limits.body_bytes:,} bytes.", headers=close)
+    too_large = ApiError(413, f"The body must be at most {limits.body_bytes:,} bytes.",
+                         headers=close)
     if int(request.headers.get("content-length", 0)) > limits.body_bytes:
         raise too_large
 
@@ -463,9 +466,11 @@ async def cancel_when_gone(request, worker: Worker, job: Job) -> None:
 class ChatRoutes:
     "What the server answers: the page, health, models, chat completions."
 
-    def __init__(self, worker: Worker, model_info: dict, limits: Limits, log: Callable[[str], None]):
+    def __init__(self, worker: Worker, model_info: dict, limits: Limits,
+                 log: Callable[[str], None]):
         self.worker, self.limits, self.log = worker, limits, log
-        self.model_info = {"object": "model", "created": int(time.time()), "owned_by": "you", **model_info}
+        self.model_info = {"object": "model", "created": int(time.time()), "owned_by": "you",
+                           **model_info}
         self.files = page_files()
 
     async def file(self, request) -> "Response":
@@ -487,8 +492,8 @@ class ChatRoutes:
         try:
             job = self.worker.submit(wanted["messages"], wanted["params"])
         except Busy:
-            raise ApiError(429, "The model is busy and the line is full; try again in a few seconds.",
-                           headers={"retry-after": "5"}) from None
+            raise ApiError(429, "The model is busy and the line is full; try again in a few "
+                                "seconds.", headers={"retry-after": "5"}) from None
         self._watch(request, job)
         if not wanted["stream"]:
             return JSONResponse(await whole(job, self.model_info["id"]))

@@ -10,17 +10,17 @@ python -m nanochat_nb.tokenizer --vocab_size 4096
 
 stage "Pretraining: depth 4"
 python -m nanochat_nb.pretraining --depth 4 --max_seq_len 256 --device_batch_size 16 --total_batch_size 8192 \
-    --num_iterations 320 --matrix_lr 0.04 --unembedding_lr 0.008 --eval_every 80 --eval_tokens 80000 --save_every 80 --resume
+    --num_iterations 320  --eval_every 80 --eval_tokens 80000 --save_every 80 --resume
 python -m nanochat_nb.evaluation --source base --resume
 
 stage "Mid-training"
 python -m nanochat_nb.finetuning --stage mid --device_batch_size 16 --total_batch_size 8192 --num_iterations 100 \
-    --matrix_lr 0.04 --unembedding_lr 0.008 --eval_every 50 --save_every 50 --resume
+    --eval_every 50 --save_every 50 --resume
 python -m nanochat_nb.chat_eval --source mid --max_problems 200 --resume
 
 stage "Supervised finetuning"
 python -m nanochat_nb.finetuning --stage sft --device_batch_size 16 --total_batch_size 8192 --num_iterations 60 \
-    --matrix_lr 0.04 --unembedding_lr 0.008 --eval_every 30 --save_every 30 --resume
+    --eval_every 30 --save_every 30 --resume
 python -m nanochat_nb.chat_eval --source sft --max_problems 200 --resume
 
 stage "Reinforcement learning on sums"

@@ -74,8 +74,8 @@ def test_sigkill_in_the_middle_of_saves(base):
     start, interrupted = 1, 0
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     for _ in range(5):
-        process = subprocess.Popen([sys.executable, "-c", SAVER, str(start)], stdout=subprocess.PIPE,
-                                   text=True, env=environment)
+        process = subprocess.Popen([sys.executable, "-c", SAVER, str(start)], text=True,
+                                   stdout=subprocess.PIPE, env=environment)
         assert process.stdout.readline().startswith("saving")
         time.sleep(random.uniform(0.0, 0.25))
         os.kill(process.pid, signal.SIGKILL)
@@ -84,7 +84,7 @@ def test_sigkill_in_the_middle_of_saves(base):
         reported = max([int(step) for word, step in lines if word == "saved"], default=start - 1)
         interrupted += bool(lines) and lines[-1][0] == "saving" or not lines
         if reported == 0:
-            continue  # killed before the first save was done: nothing may be there, and nothing is promised
+            continue  # killed before the first save was done: nothing is promised
         path = find_checkpoint("base", "kill", verify="all")
         step = read_meta(path)["step"]
         assert step >= reported and path.name.startswith(f"step_{step:06d}")
@@ -138,7 +138,7 @@ def test_killed_at_each_stage(base, monkeypatch, moment):
     load_weights(path, loaded)
     expected = tiny_model(seed=1) if moment == "retire" else model
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), expected.parameters()))
-    third = save_checkpoint("base", "t", 3, model, optimizer, keep=1)  # and saving goes on, and cleans up
+    third = save_checkpoint("base", "t", 3, model, optimizer, keep=1)  # goes on, and cleans up
     assert [p.name for p in third.parent.iterdir()] == ["step_000003"]
 
 
@@ -152,7 +152,7 @@ def test_disk_full_keeps_the_old_checkpoint(base, monkeypatch):
     with pytest.raises(UserError, match="No space left.*untouched"):
         save_checkpoint("base", "t", 2, model)
     assert find_checkpoint("base", verify="all") == first
-    assert [p.name for p in first.parent.iterdir()] == [first.name]  # and nothing fills the disk further
+    assert [p.name for p in first.parent.iterdir()] == [first.name]  # no half file is left
 
 
 # ----------------------------------------------------------------------------- damage
@@ -180,7 +180,7 @@ def test_damaged_checkpoint_is_passed_over(damage, name, capsys):
     first = save_checkpoint("base", "t", 1, model, setup_optimizer(model))
     second = save_checkpoint("base", "t", 2, model, setup_optimizer(model))
     if (damage, name) == (damage_flip, "meta.json"):
-        return  # a flipped bit in JSON text is either a syntax error (truncation's case) or another value
+        return  # in JSON a flipped bit is a syntax error, as truncation is, or another value
     damage(second / name)
     assert find_damage(second, "all")
     assert find_checkpoint("base", "t", verify="all") == first
@@ -240,7 +240,7 @@ def test_pickles_are_refused(base, monkeypatch):
     assert not (base / "exploded").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"\x00" * 64, b"\xff" * 8 + b"{}", b"\x10\x00\x00\x00\x00\x00\x00\x00{"])
+@pytest.mark.parametrize("content", [b"", bytes(64), b"\xff" * 8 + b"{}", b"\x10" + bytes(7) + b"{"])
 def test_not_safetensors(content):
     path = save_checkpoint("base", "t", 1, tiny_model())
     (path / "model.safetensors").write_bytes(content)
@@ -383,7 +383,8 @@ def test_exact_resume():
 def save_on_rank(rank, world_size, folder):
     torch.set_num_threads(1)
     os.environ.update(NANOCHAT_BASE_DIR=str(folder), RANK=str(rank))
-    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=world_size)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank,
+                            world_size=world_size)
     model = tiny_model()
     optimizer = setup_optimizer(model, rank=rank, world_size=world_size)
     for step in range(3):
@@ -423,4 +424,4 @@ def test_saved_by_two_ranks_loaded_by_one(base):
     for step in range(3, 6):
         step_once(model, optimizer, step)
     for name, expected in load_file(base / "straight.safetensors").items():
-        assert (model.state_dict()[name] - expected).norm() <= 1e-5 * expected.norm()  # it computes in fp32
+        assert (model.state_dict()[name] - expected).norm() <= 1e-5 * expected.norm()  # fp32

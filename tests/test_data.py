@@ -18,9 +18,12 @@ from hypothesis import strategies as st
 from nanochat_nb import dataset
 from nanochat_nb.common import UserError
 from nanochat_nb.dataloader import (
-    ConversationLoader, PackedLoader, pack, split_document, validation_batches)
+    ConversationLoader, PackedLoader, pack, pack_pieces, split_document, validation_batches)
 from nanochat_nb.dataset import Documents, download_source, prepare_dataset
 from nanochat_nb.tokenizer import SPECIAL_TOKENS, Tokenizer, Utf8Stream, train_tokenizer
+
+settings.register_profile("quick", max_examples=50, deadline=None)
+settings.load_profile("quick")
 
 WORDS = "the cat sat on a mat while 12 dogs and 345 birds watched, didn't they? naïve café — 日本 🎉".split()
 WORDS += [a + b + c for a in ("ka", "lo", "mi", "tre") for b in ("na", "sto", "rel")
@@ -349,6 +352,22 @@ def test_split_document_loses_nothing(ids, T):
     assert [i for piece in pieces for i in piece[1:]] == ids
 
 
+@given(st.lists(st.integers(1, 150), min_size=1, max_size=60), st.sampled_from([2, 9, 65, 100]))
+def test_pack_pieces_keeps_every_token_and_fills_rows(lengths, capacity):
+    documents = [[(i, k) for k in range(n)] for i, n in enumerate(lengths)]
+    pieces = [piece for ids in documents for piece in split_document(ids, "bos", capacity - 1)]
+    rows = pack_pieces(pieces, capacity, "bos", 1, 2)
+    assert sorted(t for row in rows for piece in row for t in piece[1:]) == sorted(sum(documents, []))
+    room = [capacity - sum(map(len, row)) for row in rows]
+    assert min(room) >= 0 and sum(r >= max(2, capacity // 32) for r in room) <= 1
+    for row, left in zip(rows, room):
+        assert all(piece[0] == "bos" and len(piece) > 1 for piece in row)
+        for piece in row:  # a bos, or padding, follows only where a document ends
+            i, k = piece[-1]
+            assert k == lengths[i] - 1 or (piece is row[-1] and left == 0)
+    assert rows == pack_pieces(pieces, capacity, "bos", 1, 2)
+
+
 def take(loader, n):
     return [next(loader) for _ in range(n)]
 
@@ -487,7 +506,3 @@ def test_rows_per_epoch_is_exact_for_one_window():
     assert loader.row == loader.rows_per_epoch and loader.epoch == 0
     with pytest.raises(UserError, match="no conversations"):
         ConversationLoader([], render, 1, 24)
-
-
-settings.register_profile("quick", max_examples=60, deadline=None)
-settings.load_profile("quick")

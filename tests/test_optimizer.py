@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nanochat_nb.common import UserError
-from nanochat_nb.optimizer import (MuonAdamW, adamw_update, assign_owners, clip_grad_norm, lr_schedule,
-                                   make_shares, momentum_schedule, muon_update, orthogonalize,
-                                   setup_optimizer)
+from nanochat_nb.optimizer import (MuonAdamW, adamw_update, assign_owners, clip_grad_norm,
+                                   lr_schedule, make_shares, momentum_schedule, muon_update,
+                                   orthogonalize, setup_optimizer)
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 
@@ -45,13 +45,14 @@ def toy_optimizer(model, rank, world_size, dtype):
     adamw = {"wte.weight", "lm_head", "gain"}
     named = list(model.named_parameters())
     return MuonAdamW([
-        {"kind": "adamw", "params": [(n, p) for n, p in named if n in adamw], "lr": 0.01, "weight_decay": 0.1},
+        {"kind": "adamw", "params": [(n, p) for n, p in named if n in adamw], "lr": 0.01,
+         "weight_decay": 0.1},
         {"kind": "muon", "params": [(n, p) for n, p in named if n not in adamw], "lr": 0.02,
          "weight_decay": 0.1, "cautious": True, "ns_dtype": dtype}], rank, world_size)
 
 
 def train(model, optimizer, steps, rank, world_size, max_norm=None):
-    "The global batch of a step is 6 micro-batches with unequal numbers of tokens, dealt to the ranks."
+    "A step's global batch is 6 micro-batches of unequal numbers of tokens, dealt to the ranks."
     for step in steps:
         generator = torch.Generator().manual_seed(step)
         batch = [torch.randint(17, (2, 3 + i), generator=generator) for i in range(6)]
@@ -64,7 +65,7 @@ def train(model, optimizer, steps, rank, world_size, max_norm=None):
 
 
 def run(rank, world_size, dtype, folder):
-    "6 steps straight, and 3 steps from the state that two ranks saved half way; stores the weights."
+    "6 steps straight, and 3 steps from what two ranks saved half way; stores the weights."
     for max_norm in (None, 0.5):
         torch.manual_seed(0)
         model = Toy(dtype)
@@ -86,7 +87,8 @@ def run(rank, world_size, dtype, folder):
                                | load_file(folder / f"{name}-optimizer-1.safetensors"))
         train(resumed, second, range(3, 6), rank, world_size, max_norm)
         for kind, result in (("straight", model), ("resumed", resumed)):
-            save_file(result.state_dict(), folder / f"{name}-{kind}-{world_size}-{rank}.safetensors")
+            save_file(result.state_dict(),
+                      folder / f"{name}-{kind}-{world_size}-{rank}.safetensors")
 
 
 def worker(rank, world_size, folder):
@@ -130,13 +132,14 @@ def test_ranks_agree(results, dtype, max_norm):
 
 
 def test_clipping_changed_something(results):
-    free, clipped = (load_file(results / f"float64-{n}-straight-1-0.safetensors") for n in (None, 0.5))
+    free, clipped = (load_file(results / f"float64-{max_norm}-straight-1-0.safetensors")
+                     for max_norm in (None, 0.5))
     assert distance(free, clipped) > 1e-3
 
 
 def test_state_is_spread(results):
-    sizes = [sum(t.numel() for t in load_file(results / f"float32-None-optimizer-{r}.safetensors").values())
-             for r in (0, 1)]
+    parts = [load_file(results / f"float32-None-optimizer-{rank}.safetensors") for rank in (0, 1)]
+    sizes = [sum(t.numel() for t in part.values()) for part in parts]
     model = Toy(torch.float32)
     whole = sum(t.numel() for t in toy_optimizer(model, 0, 1, None).state_dict().values())
     assert sum(sizes) == whole
@@ -169,8 +172,9 @@ def test_muon_equals_torch(shape):
     ours = [nn.Parameter(w.clone()) for w in weights]
     theirs = [nn.Parameter(w.clone()) for w in weights]
     reference = torch.optim.Muon(theirs, lr=0.02, momentum=0.95, weight_decay=0.1)
-    optimizer = MuonAdamW([{"kind": "muon", "params": [(str(i), p) for i, p in enumerate(ours)], "lr": 0.02,
-                            "weight_decay": 0.1, "ns_dtype": torch.bfloat16}])
+    named = [(str(i), p) for i, p in enumerate(ours)]
+    optimizer = MuonAdamW([{"kind": "muon", "params": named, "lr": 0.02, "weight_decay": 0.1,
+                            "ns_dtype": torch.bfloat16}])
     for _ in range(5):
         for a, b in zip(ours, theirs):
             a.grad = torch.randn(shape)
@@ -238,7 +242,8 @@ def test_clip_grad_norm_equals_torch():
     for a, b in zip(ours, theirs):
         a.grad = torch.randn_like(a) * 10
         b.grad = a.grad.clone()
-    torch.testing.assert_close(clip_grad_norm(ours, 1.0), torch.nn.utils.clip_grad_norm_(theirs, 1.0))
+    torch.testing.assert_close(clip_grad_norm(ours, 1.0),
+                               torch.nn.utils.clip_grad_norm_(theirs, 1.0))
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a.grad, b.grad)
     with pytest.raises(UserError, match="above 0"):
@@ -265,7 +270,8 @@ def test_stacks_are_limited(monkeypatch):
 
 def test_state_refuses_what_does_not_fit():
     def optimizer(shape):
-        return MuonAdamW([{"kind": "muon", "params": [("m", nn.Parameter(torch.zeros(shape)))], "lr": 0.1}])
+        matrix = nn.Parameter(torch.zeros(shape))
+        return MuonAdamW([{"kind": "muon", "params": [("m", matrix)], "lr": 0.1}])
     with pytest.raises(UserError, match="fresh optimizer"):
         optimizer((2, 2)).load_state_dict({})
     with pytest.raises(UserError, match="shape"):
@@ -286,14 +292,16 @@ def test_bad_groups():
 
 def test_setup_optimizer_puts_each_parameter_in_its_group():
     from nanochat_nb.gpt import GPT, GPTConfig
-    model = GPT(GPTConfig(sequence_len=8, vocab_size=32, n_layer=2, n_head=2, n_kv_head=1, n_embd=192))
+    model = GPT(GPTConfig(sequence_len=8, vocab_size=32, n_layer=2, n_head=2, n_kv_head=1,
+                          n_embd=192))
     model.init_weights(seed=0)
     model.compute_dtype = torch.bfloat16
     optimizer = setup_optimizer(model, matrix_lr=0.03)
     where = {name: (group["kind"], group["lr"]) for group in optimizer.param_groups
              for name, _ in group["params"]}
     assert set(where) == {name for name, _ in model.named_parameters()}
-    assert where["transformer.wte.weight"] == ("adamw", pytest.approx(0.2 * 2))  # (192 / 768) ** -0.5 = 2
+    # (192 / 768) ** -0.5 = 2
+    assert where["transformer.wte.weight"] == ("adamw", pytest.approx(0.2 * 2))
     assert where["lm_head.weight"] == ("adamw", pytest.approx(0.004 * 2))
     assert where["transformer.h.0.attn.c_q.weight"] == ("muon", 0.03)
     assert all(group["ns_dtype"] == torch.bfloat16 for group in optimizer.param_groups

@@ -260,3 +260,76 @@ def test_all_canonical_solutions_of_humaneval_pass():
     task = load_task("HumanEval", "test", DATA)
     for conversation in list(task)[::4]:
         assert task.evaluate(conversation, conversation["messages"][1]["content"]), conversation["entry_point"]
+
+
+# ---------------------------------------------------------------- chat evaluation (07d)
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    "A base folder with a tokenizer, an (untrained) SFT checkpoint and a data folder of two tasks."
+    import torch
+    from nanochat_nb.checkpoint import save_checkpoint
+    from nanochat_nb.gpt import GPT, GPTConfig
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    data = tmp_path / "data/pocket/tasks"
+    rows = [{"question": f"Which is word {i}?", "choices": ["stone", "plum", f"w{i}"], "answer": i % 3}
+            for i in range(23)]
+    write(data / "pocket_facts_test.jsonl", rows)
+    write(data / "pocket_sums_test.jsonl",
+          [{"question": f"What is {i} plus {i * i}?", "answer": f"<<{i}+{i * i}={i + i * i}>>\n#### {i + i * i}"}
+           for i in range(9)])
+    tokenizer = Tokenizer.train([json.dumps(row) for row in rows], 300)
+    tokenizer.save()
+    model = GPT(GPTConfig(sequence_len=128, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2,
+                          n_kv_head=2, n_embd=32)).init_weights(seed=0)
+    torch.manual_seed(0)
+    model.lm_head.weight.data.normal_(0, 1.0)
+    save_checkpoint("sft", "tiny", 3, model, meta={"tokenizer_fingerprint": tokenizer.fingerprint()})
+    return tmp_path
+
+
+def run_chat_eval(*flags, ranks=0):
+    import subprocess
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+    return subprocess.run([sys.executable, *launch, "-m", "nanochat_nb.chat_eval", "--device_type=cpu", *flags],
+                          capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "NANOCHAT_DTYPE": "float32"})
+
+
+def test_chat_eval_is_the_same_on_two_ranks(trained):
+    from nanochat_nb.chat_eval import chat_eval
+    flags = {"max_new_tokens": 12, "batch_size": 4, "temperature": 1.0}
+    os.environ["NANOCHAT_DTYPE"] = "float32"
+    try:
+        alone = chat_eval("sft", device_type="cpu", **flags)
+    finally:
+        del os.environ["NANOCHAT_DTYPE"]
+    path = trained / "report/08-chat-evaluation-sft.json"
+    first = json.loads(path.read_text())
+    assert first["metrics"] == {"SFT": json.loads(json.dumps(alone))}
+    assert set(alone) == {"Pocket-Facts", "Pocket-Sums", "ChatCORE"} and alone["Pocket-Facts"]["n"] == 23
+    assert "**Pocket-Sums**" in first["text"]
+    path.unlink()
+    done = run_chat_eval(*(f"--{name}={value}" for name, value in flags.items()), ranks=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(path.read_text())["metrics"] == first["metrics"]
+    assert done.stdout.count("ChatCORE") == 1  # one table, not two
+
+
+def test_chat_eval_refuses_in_one_line(trained):
+    done = run_chat_eval("--tasks", "Pocket-Facts|Nope")
+    assert done.returncode == 2 and done.stderr.strip().count("\n") == 0
+    assert "no task 'Nope'" in done.stderr and "Pocket-Sums" in done.stderr
+    from nanochat_nb.chat_eval import chat_eval
+    for wrong in ({"source": "base"}, {"tasks": "GSM8K"}, {"batch_size": 0}, {"max_problems": 0},
+                  {"temperature": -1.0}, {"data_dir": "nowhere"}, {"source": "rl"}):
+        with pytest.raises(UserError):
+            chat_eval(**{"device_type": "cpu", **wrong})
+
+
+def test_a_part_of_the_tasks_has_no_chatcore(trained):
+    from nanochat_nb.chat_eval import chat_eval
+    metrics = chat_eval("sft", tasks="Pocket-Facts", max_problems=5, device_type="cpu")
+    assert set(metrics) == {"Pocket-Facts"} and metrics["Pocket-Facts"]["n"] == 5
+    again = chat_eval("sft", tasks="Pocket-Facts", max_problems=5, device_type="cpu", batch_size=2)
+    assert again == metrics

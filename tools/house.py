@@ -256,7 +256,8 @@ def prose(root: Path) -> dict[Path, str]:
         for name in names(root)}
     for path in [*root.glob("*.md"), *root.glob("*.qmd"), *root.glob("course/**/*.qmd")]:
         texts[path] = path.read_text(encoding="utf-8")
-    return {path: re.sub(r"(?ms)^ *```.*?^ *```|`[^`\n]*`", "", text) for path, text in texts.items()}
+    code = re.compile(r"^ *```.*?^ *```|`[^`\n]*`", re.MULTILINE | re.DOTALL)
+    return {path: code.sub("", text) for path, text in texts.items()}
 
 
 def check_links(root: Path) -> list[str]:
