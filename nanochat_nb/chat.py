@@ -33,7 +33,8 @@ def content_parts(
     if not isinstance(content, list):
         raise UserError(f"content is a {type(content).__name__}; expected text or a list of parts.")
     for part in content:
-        kind, text = (part.get("type"), part.get("text")) if isinstance(part, dict) else (None, None)
+        fields = part if isinstance(part, dict) else {}
+        kind, text = fields.get("type"), fields.get("text")
         if kind not in PART_TYPES or not isinstance(text, str):
             raise UserError(f"a part of the content is {str(part)[:60]!r}; expected "
                             f'{{"type": …, "text": …}} with a type of {", ".join(PART_TYPES)}.')
@@ -49,8 +50,8 @@ def content_text(
 
 def check_messages(
     messages: list[dict],  # a conversation, as it came from a file or a client
-) -> list[dict]:           # the same without a system message: it is put before the first user message
-    "Refuse what is no conversation: roles must be (system) user, assistant, user, … Raises UserError."
+) -> list[dict]:           # the same; a system message is put before the first user message
+    "Refuse what is no conversation: (system) user, assistant, user … Raises UserError."
     if not isinstance(messages, list) or not messages:
         raise UserError("expected a non-empty list of messages.")
     for i, message in enumerate(messages):
@@ -132,7 +133,7 @@ def show_mask(
         text = html.escape(text).replace(" ", "·").replace("\n", "↵")
         look = "background:#c8ecc8;color:#0b4a0b;font-weight:bold" if learned else \
             "background:#f8d4d0;color:#7a1510"
-        shown.append(f'<span style="{look};margin:1px;padding:0 2px;border-radius:3px">{text}</span>')
+        shown.append(f'<span style="{look};padding:0 2px;border-radius:3px">{text}</span>')
     if style == "ansi":
         return "".join(shown)
     return '<div style="font-family:monospace;line-height:1.8">' + "\u200b".join(shown) + "</div>"
@@ -140,7 +141,7 @@ def show_mask(
 # %% ../nbs/07a_chat.ipynb #asking-for-a-reply
 def render_for_completion(
     tokenizer: Tokenizer,
-    messages: list[dict] | dict,  # messages, or a conversation; a last assistant message is left out
+    messages: list[dict] | dict,  # or a conversation; a last assistant message is left out
 ) -> list[int]:                   # ids that end with <|assistant_start|>
     "The prompt that makes the model answer the last user message."
     messages = check_messages(messages["messages"] if isinstance(messages, dict) else messages)
@@ -297,7 +298,7 @@ def _power(base: Fraction, exponent: Fraction) -> Fraction:
 
 
 def _written(value: Fraction) -> str:
-    "Whole numbers in full, others rounded to six digits behind the point (small ones: six that count)."
+    "Whole numbers in full; others to six digits behind the point, small ones to six that count."
     if value.denominator == 1:
         return str(value.numerator)
     leading_zeros = max(0, math.ceil(-math.log10(abs(value)))) - 1 if abs(value) < 1 else 0
@@ -324,7 +325,7 @@ def _calculator(expression: str) -> tuple[str | None, str | None]:
 def calculate(
     expression: str,  # e.g. "1,000*3" or "'important'.count('t')"
 ) -> str | None:      # the result, at most 64 characters; None when refused
-    "A calculator that is safe to hand to a model: no `eval`, bounded in time and memory, never raises."
+    "A calculator safe to hand to a model: no `eval`, bounded in time and memory, never raises."
     return _calculator(expression)[0]
 
 
@@ -377,9 +378,10 @@ def fit_to_context(
     context: int,               # tokens that the model can see
     reserve: int = 0,           # tokens to keep free for the reply
 ) -> tuple[list[int], int]:     # prompt, and how many messages were dropped
-    "Render for completion, dropping the oldest exchanges until it fits. Raises UserError if it cannot."
+    "Render for completion without the oldest exchanges if need be. Raises UserError if it cannot."
     check_messages(messages)
-    system, turns = ([messages[0]], messages[1:]) if messages[0]["role"] == "system" else ([], messages)
+    first_turn = 1 if messages[0]["role"] == "system" else 0
+    system, turns = messages[:first_turn], messages[first_turn:]
     last = len(turns) - (2 if turns[-1]["role"] == "assistant" else 1)  # the message to be answered
     for start in range(0, last + 1, 2):
         ids = render_for_completion(tokenizer, system + turns[start:])

@@ -37,7 +37,7 @@ def choose_letters(
     prompts: list[list[int]],    # each ends where the reply begins
     letters: list[list[str]],    # the choices of each prompt
 ) -> list[str]:                  # for each prompt the letter with the largest logit
-    "Answer multiple-choice questions by comparing the letters' logits, in one or a few forward passes."
+    "Answer multiple-choice questions by comparing the letters' logits, in few forward passes."
     prompts = [fit_prompt(p, 0, model.config.sequence_len, tokenizer.bos) for p in prompts]
     T, chosen = max(map(len, prompts)), []
     step = max(1, LOGIT_BUDGET // (T * model.config.vocab_size))
@@ -48,7 +48,7 @@ def choose_letters(
         last = torch.tensor([len(p) - 1 for p in chunk], device=model.device)
         answers = logits[torch.arange(len(chunk), device=model.device), last]     # (B, V)
         for row, names in zip(answers.cpu(), letters[start:start + step]):
-            ids = [tokenizer.encode(letter)[0] for letter in names]  # a letter is one byte, so one token
+            ids = [tokenizer.encode(letter)[0] for letter in names]  # one byte, so one token
             chosen.append(names[int(row[ids].argmax())])
     return chosen
 
@@ -59,12 +59,12 @@ def write_replies(
     max_new_tokens: int = 256,   # less where the context is nearly full
     temperature: float = 0.0,    # 0: always the likeliest token
     top_k: int = 50,
-    seeds: list[int] | None = None,  # one per prompt, so that a reply does not depend on its neighbours
+    seeds: list[int] | None = None,  # one per prompt: replies do not depend on neighbours
 ) -> list[str]:                  # what each reply says, without tool calls
     "Let the model answer, with tools."
     room = engine.model.config.sequence_len - max(map(len, prompts))
-    done = engine.generate(prompts, max_tokens=max(1, min(max_new_tokens, room)), temperature=temperature,
-                           top_k=top_k, seed=seeds or [0] * len(prompts),
+    done = engine.generate(prompts, max_tokens=max(1, min(max_new_tokens, room)),
+                           temperature=temperature, top_k=top_k, seed=seeds or [0] * len(prompts),
                            hook_factory=lambda: ToolUse(engine.tokenizer))
     return [content_text(parse_reply(engine.tokenizer, completion.tokens)) for completion in done]
 
@@ -101,9 +101,10 @@ def evaluate_task(
     for batch in tqdm(batches[rank::world_size], desc=task.name, leave=False, delay=2, **quiet):
         asked = [prompts[i] for i in batch]
         if task.kind == "choice":
-            replies = choose_letters(engine.model, tokenizer, asked, [problems[i]["letters"] for i in batch])
+            letters = [problems[i]["letters"] for i in batch]
+            replies = choose_letters(engine.model, tokenizer, asked, letters)
         else:
-            replies = write_replies(engine, asked, max_new_tokens, temperature, top_k, seeds=batch)
+            replies = write_replies(engine, asked, max_new_tokens, temperature, top_k, batch)
         verdicts = [task.evaluate(problems[i], reply) for i, reply in zip(batch, replies)]
         right += sum(verdicts)
         if samples is not None and not samples:
@@ -127,8 +128,9 @@ def chat_core(
     baselines: dict[str, float],   # task → accuracy of guessing
 ) -> dict:                         # `metric`
     "Mean of centred accuracies with its propagated standard error (nanochat's ChatCORE)."
-    centred = [(m["value"] - baselines[name]) / (1 - baselines[name]) for name, m in metrics.items()]
-    errors = [m["stderr"] / (1 - baselines[name]) for name, m in metrics.items()]
+    room = {name: 1 - baselines[name] for name in metrics}
+    centred = [(m["value"] - baselines[name]) / room[name] for name, m in metrics.items()]
+    errors = [m["stderr"] / room[name] for name, m in metrics.items()]
     return metric(sum(centred) / len(centred), sum(m["n"] for m in metrics.values()),
                   math.sqrt(sum(error**2 for error in errors)) / len(errors))
 
@@ -143,10 +145,10 @@ def _task_names(tasks: str, data_dir: str) -> list[str]:
     for name in names:
         if name not in TASKS:
             raise UserError(f"there is no task {name!r}; known are {', '.join(TASKS)}. "
-                            f"Several are written as \"{'|'.join(known[:2]) or 'GSM8K|ARC-Easy'}\".")
+                            'Several are written as "GSM8K|ARC-Easy".')
     if not names:
-        raise UserError(f"{data_dir} has no tasks; `python -m nanochat_nb.dataset --source pocket` makes "
-                        "a folder that has.")
+        raise UserError(f"{data_dir} has no tasks; `python -m nanochat_nb.dataset --source pocket` "
+                        "makes a folder that has.")
     return names
 
 
@@ -156,7 +158,8 @@ def _table(metrics: dict[str, dict], baselines: dict[str, float]) -> str:
     rows = [f"{'task':{width}}  problems  accuracy  ± s.e.  guessing"]
     for name, m in metrics.items():
         guess = f"{baselines[name]:8.1%}" if name in baselines else ""
-        rows.append(f"{name:{width}}  {m['n']:8,}  {m['value']:8.1%}  {m['stderr']:6.1%}  {guess}".rstrip())
+        row = f"{name:{width}}  {m['n']:8,}  {m['value']:8.1%}  {m['stderr']:6.1%}  {guess}"
+        rows.append(row.rstrip())
     return "\n".join(rows)
 
 
@@ -164,7 +167,7 @@ def evaluate_tasks(
     engine: Engine,
     tasks: list[Task],
     all_tasks: bool = True,      # whether these are all there are: only then is there a ChatCORE
-    samples: list[str] | None = None,  # a reply of each task that is answered in words is appended here
+    samples: list[str] | None = None,  # a reply of each generative task is appended here
     **how,                       # passed on to `evaluate_task`
 ) -> dict[str, dict]:            # task → `metric`, and "ChatCORE"
     "Accuracy on each task, and their ChatCORE."
@@ -185,7 +188,7 @@ def evaluate_tasks(
 
 def chat_eval(
     source: str = "sft",         # which stage's model: mid, sft or rl
-    tasks: str = "",             # names joined by |, e.g. "GSM8K|ARC-Easy"; empty: all of the folder
+    tasks: str = "",             # names joined by |, as in "GSM8K|ARC-Easy"; empty: all there are
     max_problems: int = -1,      # of each task, a fixed random sample; -1: all
     data_dir: str = "pocket",    # data folder, or the name of a source
     batch_size: int = 32,        # problems answered at the same time
@@ -200,22 +203,26 @@ def chat_eval(
     if source not in REPORT_ORDER:
         raise UserError(f"source={source!r} is not one of {', '.join(REPORT_ORDER)}.")
     if batch_size < 1 or max_new_tokens < 1 or max_problems == 0 or temperature < 0:
-        raise UserError(f"batch_size={batch_size}, max_new_tokens={max_new_tokens} and max_problems="
-                        f"{max_problems} must be positive (max_problems=-1: all), temperature not negative.")
+        raise UserError(f"batch_size={batch_size}, max_new_tokens={max_new_tokens}, max_problems="
+                        f"{max_problems} must be positive (max_problems=-1: all) and temperature="
+                        f"{temperature} not negative.")
     settings = dict(locals())
     names = _task_names(tasks, data_dir)
     loaded = [load_task(name, "test", data_dir) for name in names]
     compute, start, samples = compute_init(device_type), time.time(), []
     model, tokenizer, meta = load_model(source, compute, tag=model_tag, step=step)
-    print0(f"{source} step {meta['step']}: {len(names)} tasks on {compute.world_size} × {compute.device.type}")
+    print0(f"{source} step {meta['step']}: {len(names)} tasks on {compute.world_size} × "
+           f"{compute.device.type}")
+    all_tasks = set(names) >= set(available_tasks(data_dir))
     metrics = evaluate_tasks(
-        Engine(model, tokenizer, max_batch=batch_size), loaded, set(names) >= set(available_tasks(data_dir)),
-        samples, max_problems=max_problems, batch_size=batch_size, max_new_tokens=max_new_tokens,
+        Engine(model, tokenizer, max_batch=batch_size), loaded, all_tasks, samples,
+        max_problems=max_problems, batch_size=batch_size, max_new_tokens=max_new_tokens,
         temperature=temperature, top_k=top_k, rank=compute.rank, world_size=compute.world_size)
     baselines = {task.name: task.baseline for task in loaded}
     print0(_table(metrics, baselines))
     write_report_section(
-        f"chat-evaluation-{source}", REPORT_ORDER[source], settings=settings | {"step": meta["step"]},
+        f"chat-evaluation-{source}", REPORT_ORDER[source],
+        settings=settings | {"step": meta["step"]},
         results={"seconds": round(time.time() - start, 1), "sandbox": sandbox_level()},
         metrics={source.upper(): metrics}, text="\n".join(samples))
     compute_cleanup()

@@ -142,7 +142,7 @@ def _all_ranks(world_size: int):
         yield states
     except (OSError, TypeError, SafetensorError, UserError) as e:
         error = e
-    everyone = [(error and str(error), rng_state())]
+    everyone = [(error and (str(error) or type(error).__name__), rng_state())]
     if world_size > 1:
         mine, everyone = everyone[0], [None] * world_size
         dist.all_gather_object(everyone, mine)

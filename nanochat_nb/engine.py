@@ -34,7 +34,7 @@ def next_token_probabilities(
         logits, ids = logits.topk(min(top_k or V, V))           # most likely first
     else:
         ids = torch.arange(V, device=logits.device).expand_as(logits)
-    shifted = logits - logits.amax(-1, keepdim=True)            # largest is 0: no temperature overflows
+    shifted = logits - logits.amax(-1, keepdim=True)            # largest is 0: nothing overflows
     probabilities = torch.softmax(shifted / temperature, -1)
     if top_p < 1:
         before = probabilities.cumsum(-1) - probabilities       # of all more likely tokens
@@ -50,13 +50,13 @@ def sample(
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> Tensor:                   # (B,) token ids
-    "Draw a token per row by inverting its cumulative distribution: a row depends on nothing but itself."
+    "Draw a token per row by inverting its cumulative distribution; rows do not touch each other."
     if temperature == 0:
         return logits.argmax(-1)
     probabilities, ids = next_token_probabilities(logits, temperature, top_k, top_p)
     ends = probabilities.cumsum(-1)                                        # (B, k)
     pick = (ends <= uniforms[:, None] * ends[:, -1:]).sum(-1, keepdim=True)
-    last = (ends < ends[:, -1:]).sum(-1, keepdim=True)   # u just below 1 may round up to the very end
+    last = (ends < ends[:, -1:]).sum(-1, keepdim=True)   # u just below 1 may round up to 1
     return ids.gather(-1, pick.minimum(last))[:, 0]
 
 
@@ -104,7 +104,7 @@ class Request:
         return bool(self.completion.finish_reason)
 
     def advance(self, sampled: int) -> tuple[int, bool]:
-        "Take the next forced token, or else the sampled one; returns the token and whether it was forced."
+        "Take the next forced token, or else the sampled one; returns it and whether it was forced."
         c, forced = self.completion, bool(self.queue)
         token = self.queue.popleft() if forced else sampled
         c.tokens.append(token)
@@ -119,7 +119,7 @@ class Request:
 
 # %% ../nbs/06a_engine.ipynb #many-requests-in-one-batch
 def logit_budget(device: torch.device) -> int:
-    "How many fp32 logits one call should make: larger batches overflow a CPU's caches and get slower."
+    "How many fp32 logits one call should make: more would overflow a CPU's caches and be slower."
     return 2**22 if device.type == "cpu" else 2**27      # 16 MB, 512 MB
 
 
@@ -166,9 +166,9 @@ class Slots:
             idx = torch.tensor([[*p, *[0] * (T - len(p))] for p in chunk], device=self.model.device)
             lengths = torch.tensor([len(p) for p in chunk], device=self.model.device)
             rows = rows_of(self.cache, start, start + len(chunk))
-            rows.lengths.zero_()                                         # the slot may have been used
-            logits = self.model(idx, kv_cache=rows)                      # (chunk, T, V)
-            rows.lengths.copy_(lengths)                                  # without the padding
+            rows.lengths.zero_()                                  # the slot may have been used
+            logits = self.model(idx, kv_cache=rows)               # (chunk, T, V)
+            rows.lengths.copy_(lengths)                           # without the padding
             last = logits[torch.arange(len(chunk), device=idx.device), lengths - 1]
             self.logits = torch.cat([self.logits, last])
             start += len(chunk)
@@ -217,8 +217,8 @@ class Slots:
 class Engine:
     """Generate from a model: one prompt as a stream, or many at once.
 
-    A request's tokens depend on its prompt, its seed and its settings, not on its neighbours: in fp32
-    up to the rare draw that falls within rounding (about 1e-6) of the border between two tokens.
+    A request's tokens depend on its prompt, its seed and its settings, not on its neighbours: in
+    fp32 up to the rare draw within rounding (about 1e-6) of the border between two tokens.
     """
 
     def __init__(
@@ -237,16 +237,17 @@ class Engine:
         temperature: float = 1.0,       # 0: always the most likely token
         top_k: int | None = 50,         # draw from the k most likely; 0 or None: from all
         top_p: float = 1.0,             # draw from the smallest set with this much probability
-        seed: int | list[int] | None = 0,  # request i draws from (seed, i); a list: one seed each; None: anew
-        stop_ids: Sequence[int] | None = None,  # tokens that end a request; None: assistant_end and bos
-        hook_factory: Callable[[], Callable[[int], list[int]]] | None = None,  # makes a hook per request
+        seed: int | list[int] | None = 0,  # request i draws from (seed, i); or one each; None: anew
+        stop_ids: Sequence[int] | None = None,  # what ends a request; None: assistant_end and bos
+        hook_factory: Callable[[], Callable[[int], list[int]]] | None = None,  # a hook per request
         cancelled: Callable[[], bool] | None = None,  # asked before each step
     ) -> list[Completion]:              # in the order of the prompts
         "Complete all prompts, in batches of mixed lengths."
         seeds = [(s, 0) for s in seed] if isinstance(seed, (list, tuple)) \
             else [(seed, i) for i in range(len(prompts))]
         if len(seeds) != len(prompts):
-            raise UserError(f"got {len(seeds)} seeds for {len(prompts)} prompts; give one each, or one in all.")
+            raise UserError(f"got {len(seeds)} seeds for {len(prompts)} prompts; give one each, "
+                            f"or one in all.")
         requests = [self._request(p, max_tokens, s, stop_ids, hook_factory and hook_factory())
                     for p, s in zip(prompts, seeds)]
         for _ in self._run(requests, temperature, top_k, top_p, cancelled):
@@ -283,13 +284,13 @@ class Engine:
         stop_ids = self.default_stop_ids if stop_ids is None else frozenset(stop_ids)
         return Request(prompt, max_tokens, uniform_stream(*seed, max_tokens), stop_ids, hook)
 
-    def _run(self, requests, temperature, top_k, top_p, cancelled) -> Iterator[tuple[Request, int, bool]]:
-        "The loop: fill free slots, draw a token per row, drop what has ended, run the model on the rest."
+    def _run(self, requests, temperature, top_k, top_p, cancelled):
+        "The loop: fill free slots, draw a token per row, drop what has ended, run the model."
         top_k = top_k or 0
         if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
             raise UserError(f"temperature={temperature} must be ≥ 0, top_k={top_k} ≥ 0, "
                             f"top_p={top_p} above 0 and at most 1.")
-        # Long prompts first: rows prefilled together are of similar length, equal prompts are neighbours.
+        # Long prompts first: a prefill then has similar lengths, and equal prompts are neighbours.
         waiting = deque(sorted((r for r in requests if not r.done),
                                key=lambda r: (-len(r.prompt), r.prompt)))
         if not waiting:

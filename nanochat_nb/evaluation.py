@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['KINDS', 'CORE_LABELS', 'SECTION_ORDER', 'render_prompts', 'Question', 'common_prefix', 'make_question',
            'few_shot_indices', 'CoreTask', 'read_items', 'load_core_tasks', 'task_questions', 'batches_by_length',
-           'padded', 'answer', 'score_task', 'centered', 'evaluate_core', 'core_table', 'draw_samples', 'evaluate']
+           'padded', 'answer', 'score_task', 'centered', 'evaluate_core', 'core_table', 'draw_samples',
+           'section_before', 'evaluate']
 
 # %% ../nbs/06_evaluation.ipynb #imports
 # Shapes: B rows, T tokens, V vocabulary.
@@ -25,8 +26,8 @@ from tqdm.auto import tqdm
 
 from .attention import KVCache
 from .checkpoint import load_model
-from .common import (UserError, compute_cleanup, compute_init, metric, print0, run_cli,
-                                write_report_section)
+from .common import (UserError, base_dir, compute_cleanup, compute_init, metric, print0,
+                                run_cli, write_report_section)
 from .dataloader import validation_batches
 from .dataset import Documents, resolve_data_dir
 from .engine import Engine, logit_budget
@@ -45,7 +46,7 @@ def render_prompts(
     item: dict,             # the question
     shots: list[dict] = (),  # solved examples
     delimiter: str = " ",   # between context and continuation
-) -> list[str]:             # one text per answer; for language modelling: without and with the continuation
+) -> list[str]:             # one per answer; language modelling: without and with the continuation
     "The texts that a question puts before the model, in the layout of DCLM and nanochat."
     def solved(x: dict) -> str:
         if kind == "multiple_choice":
@@ -58,8 +59,8 @@ def render_prompts(
     if kind == "multiple_choice":
         return [before + item["query"] + delimiter + choice for choice in item["choices"]]
     if kind == "schema":
-        return [before + context + delimiter + item["continuation"] for context in item["context_options"]]
-    # Without its trailing space, the first text is a prefix of the second also in tokens (" Lima" is one).
+        return [before + x + delimiter + item["continuation"] for x in item["context_options"]]
+    # Without its last space the first text is a prefix of the second also in tokens (" Lima" is one).
     return [(before + item["context"].strip() + delimiter).strip(), before + solved(item)]
 
 # %% ../nbs/06_evaluation.ipynb #from-text-to-scored-tokens
@@ -123,6 +124,10 @@ class CoreTask:
     delimiter: str        # between context and continuation
     baseline: float       # accuracy of guessing, 0 … 1
 
+    def num_asked(self, max_per_task: int) -> int:
+        "How many items are asked: the first `max_per_task`, or all if that is negative."
+        return len(self.items) if max_per_task < 0 else min(max_per_task, len(self.items))
+
 
 def read_items(path: Path, kind: str, num_fewshot: int) -> list[dict]:
     "The items of a task's JSONL file, checked and shuffled."
@@ -138,7 +143,8 @@ def read_items(path: Path, kind: str, num_fewshot: int) -> list[dict]:
         except (ValueError, TypeError) as error:
             raise UserError(f"{path} line {number} is not a JSON object ({error}).") from None
         if missing:
-            raise UserError(f"{path} line {number} lacks {', '.join(missing)}, which a {kind} item must have.")
+            raise UserError(f"{path} line {number} lacks {', '.join(missing)}, which a {kind} item "
+                            f"must have.")
         items.append(item)
     if len(items) <= num_fewshot:
         raise UserError(f"{path} has {len(items)} items, too few for a question and "
@@ -155,12 +161,14 @@ def load_core_tasks(core_dir: str | Path) -> list[CoreTask]:
             raise UserError(f"there is no {name} in {core_dir}; `python -m nanochat_nb.dataset "
                             f"--source pocket` makes a data folder that has it under core/.")
     with open(core_dir / "eval_meta_data.csv", encoding="utf-8", newline="") as f:
-        baselines = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(f)}
+        baselines = {row["Eval Task"]: float(row["Random baseline"]) / 100  # in percent there
+                     for row in csv.DictReader(f)}
     tasks = []
     for entry in yaml.safe_load((core_dir / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]:
         label, kind, num_fewshot = entry["label"], entry["icl_task_type"], entry["num_fewshot"][0]
         if kind not in KINDS:
-            raise UserError(f"task {label} is of type {kind!r}; expected one of {', '.join(KINDS)}.")
+            raise UserError(f"task {label} of {core_dir / 'core.yaml'} is of type {kind!r}; "
+                            f"expected one of {', '.join(KINDS)}.")
         if label not in baselines:
             raise UserError(f"eval_meta_data.csv in {core_dir} has no row for task {label}.")
         items = read_items(core_dir / "eval_data" / entry["dataset_uri"], kind, num_fewshot)
@@ -175,9 +183,11 @@ def task_questions(
     rank: int = 0, world_size: int = 1,  # this rank takes questions rank, rank + world_size, …
 ) -> tuple[list[int], list[Question]]:   # their numbers, and the questions
     "A task's questions for one rank; the solved examples always come from the whole task."
-    items, mine = task.items, list(range(len(task.items)))[:max_per_task if max_per_task > 0 else None][rank::world_size]
-    shots = [[items[j] for j in few_shot_indices(len(items), i, task.num_fewshot)] for i in mine]
-    prompts = [render_prompts(task.kind, items[i], solved, task.delimiter) for i, solved in zip(mine, shots)]
+    items, mine = task.items, list(range(task.num_asked(max_per_task)))[rank::world_size]
+    prompts = []
+    for i in mine:
+        shots = [items[j] for j in few_shot_indices(len(items), i, task.num_fewshot)]
+        prompts.append(render_prompts(task.kind, items[i], shots, task.delimiter))
     encoded = iter(tokenizer.encode_batch([text for texts in prompts for text in texts]))
     return mine, [make_question(task.kind, [next(encoded) for _ in texts], items[i].get("gold"),
                                 tokenizer.bos, sequence_len) for i, texts in zip(mine, prompts)]
@@ -213,7 +223,8 @@ def answer(model: GPT, questions: list[Question]) -> list[bool]:
     rows = [(q, row, start) for q, question in enumerate(questions)
             for row, start in zip(question.rows, question.starts)]
     # The token before a span predicts its first one, so sharing ends before that token.
-    shared = [min(common_prefix(q.rows), min(q.starts) - 1) if len(q.rows) > 1 else 0 for q in questions]
+    shared = [min(common_prefix(q.rows), min(q.starts) - 1) if len(q.rows) > 1 else 0
+              for q in questions]
     rest = [row[shared[q]:-1] for q, row, _ in rows]
     cache = None
     if max(shared):
@@ -226,8 +237,10 @@ def answer(model: GPT, questions: list[Question]) -> list[bool]:
     logits = model(idx, kv_cache=cache)                                         # (B, T, V)
 
     spans = [range(start - 1 - shared[q], len(row) - 1 - shared[q]) for q, row, start in rows]
-    index = torch.tensor([(r, t) for r, span in enumerate(spans) for t in span], device=model.device)
-    targets = torch.tensor([id for _, row, start in rows for id in row[start:]], device=model.device)
+    index = [(r, t) for r, span in enumerate(spans) for t in span]
+    index = torch.tensor(index, device=model.device)
+    targets = [token for _, row, start in rows for token in row[start:]]
+    targets = torch.tensor(targets, device=model.device)
     logits = logits[index[:, 0], index[:, 1]]                                   # (scored tokens, V)
     losses = F.cross_entropy(logits, targets, reduction="none").split([len(span) for span in spans])
     exact = (logits.argmax(-1) == targets).split([len(span) for span in spans])
@@ -241,10 +254,12 @@ def answer(model: GPT, questions: list[Question]) -> list[bool]:
     return right
 
 # %% ../nbs/06_evaluation.ipynb #one-number
-CORE_LABELS = frozenset("""hellaswag_zeroshot jeopardy bigbench_qa_wikidata arc_easy arc_challenge copa commonsense_qa
-    piqa openbook_qa lambada_openai hellaswag winograd winogrande bigbench_dyck_languages agi_eval_lsat_ar
-    bigbench_cs_algorithms bigbench_operators bigbench_repeat_copy_logic squad coqa boolq
-    bigbench_language_identification""".split())
+CORE_LABELS = frozenset("""
+    hellaswag_zeroshot jeopardy bigbench_qa_wikidata arc_easy arc_challenge copa commonsense_qa piqa
+    openbook_qa lambada_openai hellaswag winograd winogrande bigbench_dyck_languages
+    agi_eval_lsat_ar bigbench_cs_algorithms bigbench_operators bigbench_repeat_copy_logic squad coqa
+    boolq bigbench_language_identification
+""".split())
 
 
 def score_task(
@@ -252,12 +267,13 @@ def score_task(
     max_per_task: int = -1,                # ask only the first so many; −1: all
     rank: int = 0, world_size: int = 1,
     max_rows: int = 64,                    # rows scored together
-    progress: Callable[[int], None] = lambda count: None,  # told how many questions were just answered
-) -> Tensor:                               # (questions of all ranks,) 1 right, 0 wrong or another rank's
+    progress: Callable[[int], None] = lambda count: None,  # told how many were just answered
+) -> Tensor:                               # (questions,) 1 right, 0 wrong or another rank's
     "This rank's share of a task's answers; the sum over ranks is complete."
-    right = torch.zeros(len(task.items[:max_per_task if max_per_task > 0 else None]))
-    mine, questions = task_questions(task, tokenizer, model.config.sequence_len, max_per_task, rank, world_size)
-    for batch in batches_by_length(questions, max_rows, logit_budget(model.device) // model.config.vocab_size):
+    c, right = model.config, torch.zeros(task.num_asked(max_per_task))
+    mine, questions = task_questions(task, tokenizer, c.sequence_len, max_per_task, rank,
+                                     world_size)
+    for batch in batches_by_length(questions, max_rows, logit_budget(model.device) // c.vocab_size):
         answers = answer(model, [questions[i] for i in batch])
         right[[mine[i] for i in batch]] = torch.tensor(answers).float()
         progress(len(batch))
@@ -273,10 +289,10 @@ def evaluate_core(
     model: GPT,
     tokenizer: Tokenizer,
     core_dir: str | Path,           # folder with core.yaml
-    max_per_task: int = -1,         # questions per task; −1: all. The examples come from all items anyway
+    max_per_task: int = -1,         # questions per task; −1: all
     rank: int = 0, world_size: int = 1,
     max_rows: int = 64,             # rows scored together
-) -> dict:                          # name, CORE metric, per task: accuracy metric, centred accuracy, …
+) -> dict:                          # "name", "core": metric, "tasks": {label: {"accuracy": metric, …}}
     """Mean centred accuracy over the tasks of a folder, with its standard error.
 
     The same result for any batch size and number of ranks, up to answers that tie within rounding.
@@ -284,19 +300,21 @@ def evaluate_core(
     tasks = load_core_tasks(core_dir)
     if max_per_task == 0:
         raise UserError("max_per_task=0 leaves no questions; −1 asks all.")
-    scores, results = [], {}
-    limit = max_per_task if max_per_task > 0 else None
-    with tqdm(total=sum(len(task.items[:limit][rank::world_size]) for task in tasks), unit="question",
-              disable=rank != 0, mininterval=1) as bar:
+    results = {}
+    total = sum(len(range(rank, task.num_asked(max_per_task), world_size)) for task in tasks)
+    quiet = {} if rank == 0 else {"disable": True}  # rank 0 leaves it to tqdm's own setting
+    with tqdm(total=total, unit="question", mininterval=1, delay=2, **quiet) as bar:
         for task in tasks:
             bar.set_description(task.label)
-            right = score_task(model, tokenizer, task, max_per_task, rank, world_size, max_rows, bar.update)
+            right = score_task(model, tokenizer, task, max_per_task, rank, world_size, max_rows,
+                               bar.update)
             if world_size > 1:
                 right = right.to(model.device)
                 dist.all_reduce(right)
-            accuracy = metric(right.mean().item(), len(right))
-            results[task.label] = {"accuracy": accuracy, "centered": centered(accuracy["value"], task.baseline),
-                                   "baseline": task.baseline, "kind": task.kind, "num_fewshot": task.num_fewshot}
+            accuracy = metric(right.sum().item() / len(right), len(right))
+            results[task.label] = {
+                "accuracy": accuracy, "centered": centered(accuracy["value"], task.baseline),
+                "baseline": task.baseline, "kind": task.kind, "num_fewshot": task.num_fewshot}
     values = [r["centered"] for r in results.values()]
     errors = [r["accuracy"]["stderr"] / (1 - r["baseline"]) for r in results.values()]
     core = metric(sum(values) / len(values), sum(r["accuracy"]["n"] for r in results.values()),
@@ -311,10 +329,11 @@ def core_table(result: dict) -> str:
     lines = [f"{'task':34} {'shots':>5} {'n':>6} {'accuracy':>16} {'guessing':>8} {'centred':>8}"]
     for label, r in result["tasks"].items():
         a = r["accuracy"]
-        lines.append(f"{label:34} {r['num_fewshot']:5} {a['n']:6,} {a['value']:8.1%} ± {a['stderr']:5.1%}"
-                     f" {r['baseline']:8.1%} {r['centered']:+8.3f}")
+        lines.append(f"{label:34} {r['num_fewshot']:5} {a['n']:6,} {a['value']:8.1%} ±"
+                     f" {a['stderr']:5.1%} {r['baseline']:8.1%} {r['centered']:+8.3f}")
     core = result["core"]
-    lines.append(f"{result['name']:34} {'':5} {core['n']:6,} {'':16} {'':8} {core['value']:+8.3f} ± {core['stderr']:.3f}")
+    lines.append(f"{result['name']:34} {'':5} {core['n']:6,} {'':16} {'':8} {core['value']:+8.3f}"
+                 f" ± {core['stderr']:.3f}")
     return "\n".join(lines)
 
 # %% ../nbs/06_evaluation.ipynb #how-many-questions
@@ -330,12 +349,26 @@ def draw_samples(
     special = sorted(tokenizer.special_ids)      # what ends a text is not shown as a part of it
     prompts = [[tokenizer.bos, *ids] for ids in tokenizer.encode_batch(beginnings)]
     greedy = engine.generate(prompts, max_tokens, temperature=0, stop_ids=special)
-    free = engine.generate([[tokenizer.bos]] * 3, 2 * max_tokens, top_k=0, seed=seed, stop_ids=special)
-    texts = [tokenizer.decode(i for i in c.tokens if i not in tokenizer.special_ids) for c in greedy + free]
+    nothing = [[tokenizer.bos]] * 3
+    free = engine.generate(nothing, 2 * max_tokens, top_k=0, seed=seed, stop_ids=special)
+    texts = [tokenizer.decode(i for i in c.tokens if i not in tokenizer.special_ids)
+             for c in greedy + free]
     return list(zip([*beginnings, "", "", ""], texts))
 
 # %% ../nbs/06_evaluation.ipynb #the-command
 SECTION_ORDER = {"base": 4, "mid": 6, "sft": 8, "rl": 10}  # place in the report card
+
+
+def section_before(source: str, settings: dict) -> dict | None:
+    "Results and metrics of an earlier evaluation with the same settings, from the report."
+    path = base_dir() / "report" / f"{SECTION_ORDER[source]:02d}-{source}-evaluation.json"
+    try:
+        section = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not there, or damaged: evaluate again
+        return None
+    if section.get("settings") != settings:
+        return None
+    return {key: section[key] for key in ("results", "metrics")}
 
 
 def evaluate(
@@ -345,11 +378,12 @@ def evaluate(
     model_tag: str = "",          # which model of the stage; empty: the newest
     step: int = -1,               # which checkpoint; -1: the last
     device_type: str = "",        # cuda, mps or cpu; empty: the best there is
-    device_batch_size: int = 32,  # sequences per forward pass for bits per byte; twice as many rows for CORE
+    device_batch_size: int = 32,  # sequences per forward pass; halve it if you run out of memory
     split_tokens: int = 524_288,  # tokens of train and of val text to measure bits per byte on
-) -> dict:                        # {"bpb": …, "core": …, "samples": …}
+    resume: bool = False,         # keep the report's section if it was made from this model like this
+) -> dict:                        # the section's results and metrics
     "Evaluate a model: bits per byte, CORE tasks, samples; writes a section of the report."
-    settings = dict(locals())
+    settings = {name: value for name, value in locals().items() if name not in ("resume", "device_type")}
     if source not in SECTION_ORDER:
         raise UserError(f"source={source!r} is not one of {', '.join(SECTION_ORDER)}.")
     if device_batch_size < 1 or split_tokens < 1:
@@ -357,35 +391,47 @@ def evaluate(
     folder = resolve_data_dir(data_dir)
     compute = compute_init(device_type)
     model, tokenizer, meta = load_model(source, compute, model_tag, step)
+    settings |= {"model_tag": meta["tag"], "step": meta["step"],
+                 "model_sha256": meta["files"]["model.safetensors"]["sha256"]}
+    if resume and (section := section_before(source, settings)):
+        print0(f"reusing the evaluation of {source} model {meta['tag']}, step {meta['step']}: "
+               f"same model, same settings")
+        compute_cleanup()
+        return section
     ranks = dict(rank=compute.rank, world_size=compute.world_size)
 
     bpb = {}
     for split in ("train", "val"):
-        batches = validation_batches(Documents(folder, split), tokenizer, device_batch_size,
-                                     model.config.sequence_len, split_tokens, device=compute.device, **ranks)
+        batches = validation_batches(
+            Documents(folder, split), tokenizer, device_batch_size, model.config.sequence_len,
+            split_tokens, device=compute.device, **ranks)
         bpb[split] = evaluate_bpb(model, batches, tokenizer.token_bytes(), compute.world_size)
         print0(f"{split} text: {bpb[split]:.4f} bits per byte")
 
-    results, metrics, text = {f"{split} bpb": value for split, value in bpb.items()}, {}, ""
-    core = None
+    results = {f"{split} bpb": value for split, value in bpb.items()}
+    metrics = {}
     if (folder / "core" / "core.yaml").exists():
         core = evaluate_core(model, tokenizer, folder / "core", max_per_task,
                              max_rows=2 * device_batch_size, **ranks)
-        metrics = {core["name"]: core["core"], **{label: r["accuracy"] for label, r in core["tasks"].items()}}
-        results |= {f"{label} (centred)": round(r["centered"], 4) for label, r in core["tasks"].items()}
+        metrics = {label: r["accuracy"] for label, r in core["tasks"].items()}
+        metrics = {core["name"]: core["core"], **metrics}
+        results |= {f"{label} (centred)": round(r["centered"], 4)
+                    for label, r in core["tasks"].items()}
         text = f"```\n{core_table(core)}\n```\n\n"
         print0(core_table(core))
     else:
         text = "This data folder has no `core/core.yaml`, so no tasks were scored.\n\n"
         print0(f"no core/core.yaml in {folder}: no tasks are scored")
 
-    samples = draw_samples(model, tokenizer, Documents(folder, "val").read(0, 4)) if compute.is_main else []
-    shown = "\n".join(f"{prompt or '<|bos|>'} ▸{continuation}" for prompt, continuation in samples)
-    print0(shown)
-    write_report_section(f"{source}-evaluation", SECTION_ORDER[source], {**settings, "checkpoint_step": meta["step"]},
-                         results, {source.upper(): metrics}, f"{text}Samples (▸ the model goes on):\n\n```\n{shown}\n```")
+    if compute.is_main:
+        samples = draw_samples(model, tokenizer, Documents(folder, "val").read(0, 4))
+        shown = "\n".join(f"{prompt or '<|bos|>'} ▸{rest}" for prompt, rest in samples)
+        print0(shown)
+        text += f"Samples (▸ the model goes on):\n\n```\n{shown}\n```\n"
+        write_report_section(f"{source}-evaluation", SECTION_ORDER[source], settings, results,
+                             {source.upper(): metrics}, text)
     compute_cleanup()
-    return {"bpb": bpb, "core": core, "samples": samples}
+    return {"results": results, "metrics": {source.upper(): metrics}}
 
 # %% ../nbs/06_evaluation.ipynb #command-line
 if __name__ == "__main__" and "__file__" in globals():

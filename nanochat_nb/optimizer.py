@@ -23,8 +23,8 @@ def adamw_update(
     exp_avg_sq: Tensor,         # running mean of its square, changed in place
     step: int,                  # how many updates there have been, this one included: 1, 2, …
     lr: float,                  # learning rate: roughly how far each number may move
-    betas: tuple[float, float] = (0.8, 0.95),  # memory of the two means; short, as ours are big batches
-    eps: float = 1e-10,         # keeps a never-used row's 0/0 at 0; tiny, as gradients of rare rows are
+    betas: tuple[float, float] = (0.8, 0.95),  # memory of the two means
+    eps: float = 1e-10,         # keeps 0/0 at 0; tiny, as rare rows' gradients are
     weight_decay: float = 0.0,  # decoupled: param shrinks by lr·weight_decay of itself
 ) -> None:
     "One AdamW step on one tensor (Loshchilov & Hutter 2019, arXiv:1711.05101)."
@@ -37,21 +37,21 @@ def adamw_update(
     param.addcdiv_(exp_avg, scale, value=-lr / (1 - beta1**step))
 
 # %% ../nbs/04_optimizer.ipynb #NEWTON_SCHULZ
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: the steepest quintic at 0 that stays near 1
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: steep at 0, near 1 later
 
 
 def orthogonalize(
     matrices: Tensor,                 # (K, M, N) or (M, N)
     steps: int = 5,                   # iterations; 5 lift a singular value of 0.002 to 0.8
     dtype: torch.dtype | None = None, # of the matrix products; None: that of `matrices`
-) -> Tensor:                          # same shape, in `dtype`; singular values near 1, same directions
+) -> Tensor:                          # same shape, in `dtype`; singular values near 1
     "Push all singular values of each matrix towards 1 with matrix products only (Newton–Schulz)."
     a, b, c = NEWTON_SCHULZ
     x = matrices.to(dtype or matrices.dtype)
     x = x.unsqueeze(0) if matrices.ndim == 2 else x
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x                                    # the small Gram matrix is x xᵀ
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)        # Frobenius ≥ spectral: all values ≤ 1
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)     # Frobenius ≥ spectral: all values ≤ 1
     for _ in range(steps):
         gram = x @ x.mT                                        # (K, M, M)
         poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
@@ -70,11 +70,11 @@ def muon_update(
     cautious: bool = False,           # decay only where the update shrinks the weight too
     ns_dtype: torch.dtype | None = None,  # dtype of the Newton–Schulz products
 ) -> None:
-    "One Muon step on K matrices of one shape: Nesterov momentum, orthogonalized (Jordan et al. 2024)."
+    "One Muon step on K equal shapes: Nesterov momentum, orthogonalized (Jordan et al. 2024)."
     momentum_buffer.lerp_(grads, 1 - momentum)
     updates = orthogonalize(grads.lerp(momentum_buffer, momentum), dtype=ns_dtype)
     rows, columns = grads.shape[-2:]
-    scale = lr * max(1.0, rows / columns) ** 0.5  # a tall matrix spreads its unit norm over more rows
+    scale = lr * max(1.0, rows / columns) ** 0.5  # a tall one spreads its norm over more rows
     for param, update in zip(params, updates.to(grads.dtype).unbind(0), strict=True):
         if weight_decay and cautious:
             param.sub_(param * (update * param >= 0), alpha=lr * weight_decay)
@@ -98,7 +98,7 @@ def assign_owners(
 # %% ../nbs/04_optimizer.ipynb #Share
 @dataclass
 class Share:
-    "Parameters of one group that one rank updates together: one table, or a stack of equal matrices."
+    "Parameters that one rank updates together: one table, or a stack of equal matrices."
     group: dict                # hyper-parameters; shared with the other shares of the group
     owner: int
     names: list[str]
@@ -106,7 +106,7 @@ class Share:
     momentum: Tensor | None = None  # (K, M, N) a Muon stack's running mean, at its owner
 
 
-MAX_STACK = 2**26  # elements in a stack: 64 M, or 256 MB in fp32; more would cost memory, not save time
+MAX_STACK = 2**26  # elements in a stack: 256 MB in fp32; more costs memory and saves no time
 DEFAULTS = {"muon": {"momentum": 0.95, "weight_decay": 0.0, "cautious": False, "ns_dtype": None},
             "adamw": {"betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.0}}
 
@@ -154,8 +154,9 @@ class MuonAdamW:
         names = [name for group in self.param_groups for name, _ in group["params"]]
         if len(set(names)) < len(names) or len({id(p) for p in self.params}) < len(names):
             raise ValueError("a parameter is in two groups, or two parameters have one name")
-        self.shares = [share for group in self.param_groups for share in make_shares(group, world_size)]
-        self.state: dict[str, dict[str, Tensor]] = {}  # name → key → tensor, of owned parameters only
+        self.shares = [share for group in self.param_groups
+                       for share in make_shares(group, world_size)]
+        self.state: dict[str, dict[str, Tensor]] = {}  # name → key → tensor, of owned ones only
         for share in self.shares:
             if share.owner == rank:
                 self._init_state(share)
@@ -171,19 +172,21 @@ class MuonAdamW:
                              f"it knows {', '.join(sorted(known))}")
         for name, p in group["params"]:
             if group["kind"] == "muon" and p.ndim != 2:
-                raise ValueError(f"Muon needs matrices; {name} has shape {tuple(p.shape)}: use kind='adamw'")
+                raise ValueError(f"Muon needs matrices; {name} has shape {tuple(p.shape)}: "
+                                 "use kind='adamw'")
         return {**DEFAULTS[group["kind"]], **group, "params": list(group["params"])}
 
     def _init_state(self, share: Share) -> None:
-        "Zeros. The momentum of a stack is one tensor; each parameter's entry is a view of its slice."
+        "Zeros. A stack's momentum is one tensor; each parameter's entry is a view of its slice."
         if share.group["kind"] == "muon":
             first = share.params[0]
-            stack = torch.zeros(len(share.params), *first.shape, dtype=first.dtype, device=first.device)
-            self.state |= {name: {"momentum": view} for name, view in zip(share.names, stack.unbind(0))}
-            share.momentum = stack
+            share.momentum = first.new_zeros(len(share.params), *first.shape)
+            for name, view in zip(share.names, share.momentum.unbind(0)):
+                self.state[name] = {"momentum": view}
         else:
             for name, p in zip(share.names, share.params):
-                self.state[name] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p),
+                zeros = torch.zeros_like(p)
+                self.state[name] = {"exp_avg": zeros, "exp_avg_sq": zeros.clone(),
                                     "step": torch.zeros((), dtype=torch.int64)}
 
     @torch.no_grad()
@@ -193,7 +196,7 @@ class MuonAdamW:
         muon_momentum: float | None = None,  # instead of the Muon groups' own
         max_norm: float | None = None,       # clip the joint norm of the summed gradients
     ) -> Tensor | None:                      # () that norm before clipping, if max_norm is given
-        "Update all parameters. With `max_norm`, a norm that is not finite leaves everything as it was."
+        "Update all parameters; with `max_norm`, a norm that is not finite changes nothing."
         reduces = self._reduce_gradients()
         norm = None
         if max_norm is not None:
@@ -207,20 +210,22 @@ class MuonAdamW:
                     work.wait()
                 self._update(share, lr_multiplier, muon_momentum)
             if self.world_size > 1:
-                broadcasts += [dist.broadcast(p.data, share.owner, async_op=True) for p in share.params]
+                broadcasts += [dist.broadcast(p.data, share.owner, async_op=True)
+                               for p in share.params]
         for work in [*(work for works in reduces.values() for work in works), *broadcasts]:
             work.wait()
         return norm
 
     def _reduce_gradients(self) -> dict[int, list]:
-        "Start to sum every gradient at its owner; the works by share. Other ranks' copies are spoilt."
+        "Start to sum every gradient at its owner; other ranks' copies are spoilt."
         works = {}
         for share in self.shares:
             for p in share.params:
                 # an unused parameter has no gradient; all ranks must still take part in its sum
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad.contiguous()
             if self.world_size > 1:
-                works[id(share)] = [dist.reduce(p.grad, share.owner, async_op=True) for p in share.params]
+                works[id(share)] = [dist.reduce(p.grad, share.owner, async_op=True)
+                                    for p in share.params]
         return works
 
     def _clip(self, reduces: dict[int, list], max_norm: float) -> Tensor:
@@ -246,8 +251,9 @@ class MuonAdamW:
         lr = group["lr"] * lr_multiplier
         if group["kind"] == "muon":
             momentum = group["momentum"] if muon_momentum is None else muon_momentum
-            muon_update(share.params, torch.stack([p.grad for p in share.params]), share.momentum, lr,
-                        momentum, group["weight_decay"], group["cautious"], group["ns_dtype"])
+            grads = torch.stack([p.grad for p in share.params])
+            muon_update(share.params, grads, share.momentum, lr, momentum, group["weight_decay"],
+                        group["cautious"], group["ns_dtype"])
             return
         for name, p in zip(share.names, share.params):
             state = self.state[name]
@@ -272,8 +278,8 @@ class MuonAdamW:
         "Take what this rank owns; raises UserError, before anything changes, if it does not fit."
         for key, own in self.state_dict().items():
             if key not in state:
-                raise UserError(f"optimizer state has no {key!r}: it was saved for another model or "
-                                "other parameter groups; start with a fresh optimizer.")
+                raise UserError(f"optimizer state has no {key!r}: it was saved for another model "
+                                "or other parameter groups; start with a fresh optimizer.")
             if state[key].shape != own.shape:
                 raise UserError(f"optimizer state {key!r} has shape {tuple(state[key].shape)}, "
                                 f"expected {tuple(own.shape)}: it was saved for another model.")
@@ -282,16 +288,16 @@ class MuonAdamW:
 
 # %% ../nbs/04_optimizer.ipynb #our-gpt-s-groups
 def setup_optimizer(
-    model: nn.Module,                # a GPT: blocks under `transformer.h`, tables are nn.Embedding, `lm_head`
+    model: nn.Module,                # a GPT: its tables are nn.Embedding, its head is `lm_head`
     matrix_lr: float = 0.02,         # Muon, matrices of the blocks
     embedding_lr: float = 0.2,       # AdamW, token embeddings, at width 768
     unembedding_lr: float = 0.004,   # AdamW, lm_head, at width 768
     weight_decay: float = 0.0,       # decoupled, of the matrices
     rank: int = 0,
     world_size: int = 1,
-    scalar_lr: float = 0.02,         # AdamW, parameters that are no matrices (none in the plain GPT)
+    scalar_lr: float = 0.02,         # AdamW, what is no matrix (nothing in the plain GPT)
     cautious: bool = False,          # decay only where the update shrinks the weight too
-    ns_dtype: torch.dtype | None = None,  # Newton–Schulz; None: bf16 if the model computes in it, else fp32
+    ns_dtype: torch.dtype | None = None,  # of Newton–Schulz; None: bf16 if the model computes so
 ) -> MuonAdamW:
     "The optimizer of our GPT: Muon for the blocks' matrices, AdamW for tables, head and scalars."
     if ns_dtype is None and getattr(model, "compute_dtype", None) == torch.bfloat16:
@@ -317,12 +323,12 @@ def clip_grad_norm(
     params,                 # parameters whose gradients are scaled in place
     max_norm: float = 1.0,  # L2 norm over all gradients together
 ) -> Tensor:                # () the norm before clipping
-    """Scale gradients so that their joint norm is at most `max_norm` (Pascanu et al. 2013, arXiv:1211.5063).
+    """Scale gradients so that their joint norm is at most `max_norm` (arXiv:1211.5063).
 
-    For gradients that are complete; on several ranks use `MuonAdamW.step(max_norm=…)`, which clips their sum.
+    For complete gradients; on several ranks `MuonAdamW.step(max_norm=…)` clips their sum.
     """
     if not max_norm > 0:
-        raise UserError(f"max_norm={max_norm} must be above 0; leave clipping out to switch it off.")
+        raise UserError(f"max_norm={max_norm} must be above 0; to switch clipping off, omit it.")
     grads = [p.grad for p in params if p.grad is not None]
     if not grads:
         return torch.zeros(())

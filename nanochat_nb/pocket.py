@@ -575,7 +575,7 @@ def gift(rng: random.Random) -> Story:
         told.append(f"\"Thank you,\" said {b.name}. \"What a fine {thing}!\"")
     owner = b
     if rng.random() < 0.5:
-        told.append(f"Later {b.name} gave the {thing} to {c.name}.")
+        told.append(f"Later {b.name} handed the {thing} to {c.name}.")
         owner = c
     told.append(rng.choice((f"Now {owner.name} has the {thing}.",
                             f"Now the {thing} belongs to {owner.name}.")))

@@ -247,7 +247,8 @@ def plan(
         grad_accum_steps=max(1, round(batch / (device_batch_size * max_seq_len * count))),
         steps=steps, rates=learning_rates(batch), shards=shards,
         flops_per_token=flops_per_token(config), flops=flops, mfu=mfu, peak=device.peak,
-        memory=memory_by_part(config, device_batch_size, count), device_memory=device.memory, hours=hours, dollars_per_device_hour=dollars_per_hour,
+        memory=memory_by_part(config, device_batch_size, count), device_memory=device.memory,
+        hours=hours, dollars_per_device_hour=dollars_per_hour,
         dollars=hours * count * dollars_per_hour)
 
 

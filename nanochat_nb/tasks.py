@@ -54,7 +54,7 @@ def read_jsonl(
 
 # %% ../nbs/07b_tasks.ipynb #what-a-task-is
 class Task(Sequence):
-    "Questions with known answers. Subclasses say how a row becomes a conversation and what is right."
+    "Questions with known answers; subclasses say how a row becomes a conversation, what is right."
     kind = "generate"   # "choice": the answer is one of a few letters; "generate": free text
     baseline = 0.0      # accuracy of guessing
 
@@ -117,7 +117,7 @@ class MultipleChoice(Task):
         if not isinstance(choices, list) or not 2 <= len(choices) <= 26 \
                 or not all(isinstance(c, str) for c in choices):
             raise ValueError("choices must be a list of 2 to 26 texts")
-        if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
+        if type(answer) is not int or not 0 <= answer < len(choices):  # True is an int, too
             raise ValueError(f"answer={answer!r} is not the index of a choice")
         return {"question": row["question"] + "", "choices": list(choices), "answer": answer}
 
@@ -133,6 +133,7 @@ class MultipleChoice(Task):
 
 # %% ../nbs/07b_tasks.ipynb #math-who-is-right-about-18
 _ANSWER = re.compile(r"####\s*([^\n]*)")
+_NUMBER = re.compile(r"[-−]?\s*\$?\s*[-−]?\s*(?:\d[\d,]*\.?\d*|\.\d+)")
 
 
 def final_number(
@@ -140,7 +141,7 @@ def final_number(
 ) -> Decimal | None:    # the number behind its last ####; None when there is none
     "The answer of a solution in GSM8K's style: 18, 18., 18.0 and $18 are the same number."
     answers = _ANSWER.findall(text)
-    found = re.match(r"[-−]?\s*\$?\s*[-−]?\s*(?:\d[\d,]*\.?\d*|\.\d+)", answers[-1]) if answers else None
+    found = _NUMBER.match(answers[-1]) if answers else None
     if not found:
         return None
     try:
@@ -164,7 +165,7 @@ def solution_parts(
 
 
 class Math(Task):
-    "Word problems whose solution ends with #### and a number (GSM8K; Cobbe et al. 2021, arXiv:2110.14168)."
+    "Word problems; solutions end with #### and a number (Cobbe et al. 2021, arXiv:2110.14168)."
 
     @staticmethod
     def check(row: dict) -> dict:
@@ -181,7 +182,7 @@ class Math(Task):
 
 # %% ../nbs/07b_tasks.ipynb #Code
 class Code(Task):
-    "Write a function from its docstring, judged by tests (HumanEval; Chen et al. 2021, arXiv:2107.03374)."
+    "Write a function from its docstring, judged by tests (Chen et al. 2021, arXiv:2107.03374)."
 
     @staticmethod
     def check(row: dict) -> dict:
@@ -254,12 +255,15 @@ TASKS = {
     "MMLU": TaskFiles(MultipleChoice, "mmlu_test.jsonl",
                       ("mmlu_auxiliary_train.jsonl", "mmlu_dev.jsonl", "mmlu_validation.jsonl")),
     "ARC-Easy": TaskFiles(MultipleChoice, "arc_easy_test.jsonl", ("arc_easy_train.jsonl",)),
-    "ARC-Challenge": TaskFiles(MultipleChoice, "arc_challenge_test.jsonl", ("arc_challenge_train.jsonl",)),
+    "ARC-Challenge": TaskFiles(MultipleChoice, "arc_challenge_test.jsonl",
+                               ("arc_challenge_train.jsonl",)),
     "GSM8K": TaskFiles(Math, "gsm8k_test.jsonl", ("gsm8k_train.jsonl",)),
     "HumanEval": TaskFiles(Code, "humaneval.jsonl"),
     "SpellingBee": TaskFiles(SpellingBee, "words_alpha.txt", ("words_alpha.txt",)),
-    "Pocket-Facts": TaskFiles(MultipleChoice, "pocket_facts_test.jsonl", ("pocket_facts_train.jsonl",)),
-    "Pocket-Reading": TaskFiles(MultipleChoice, "pocket_reading_test.jsonl", ("pocket_reading_train.jsonl",)),
+    "Pocket-Facts": TaskFiles(MultipleChoice, "pocket_facts_test.jsonl",
+                              ("pocket_facts_train.jsonl",)),
+    "Pocket-Reading": TaskFiles(MultipleChoice, "pocket_reading_test.jsonl",
+                                ("pocket_reading_train.jsonl",)),
     "Pocket-Sums": TaskFiles(Math, "pocket_sums_test.jsonl", ("pocket_sums_train.jsonl",)),
     "Pocket-Code": TaskFiles(Code, "pocket_code_test.jsonl", ("pocket_code_train.jsonl",)),
     "Pocket-Spelling": TaskFiles(SpellingBee, "words_test.txt", ("words_train.txt",)),
@@ -268,11 +272,11 @@ MAX_TEST_WORDS = 512  # of a long word list: enough for a standard error of 2 pe
 
 
 def _read_words(paths: list[Path], split: str) -> list[str]:
-    "Plain words in a fixed random order; one file for both splits is divided by a hash, 1 in 20 to test."
+    "Plain words in a fixed random order; of a file for both splits a hash puts 1 in 20 to test."
     words = {word for path in paths for word in path.read_text(encoding="utf-8-sig").split()
              if re.fullmatch(r"[a-z]{3,15}", word)}
     if paths[0].name == "words_alpha.txt":
-        words = {word for word in words if (zlib.crc32(word.encode()) % 20 == 0) == (split == "test")}
+        words = {w for w in words if (zlib.crc32(w.encode()) % 20 == 0) == (split == "test")}
     words = sorted(words)
     random.Random(42).shuffle(words)
     return words[:MAX_TEST_WORDS] if split == "test" else words
@@ -343,11 +347,11 @@ def load_conversations(
 
 # %% ../nbs/07b_tasks.ipynb #mixtures
 class TaskMixture(Sequence):
-    "Several sequences of conversations as one, in a fixed random order, each repeated as often as told."
+    "Several sequences of conversations as one, in a fixed random order, each repeated as told."
 
     def __init__(
         self,
-        parts: list[tuple[Sequence, float]],  # (conversations, how often each is shown: 2, 1, 0.25 …)
+        parts: list[tuple[Sequence, float]],  # (conversations, how often to show each: 2, 1, 0.25)
         seed: int = 42,
     ):
         rng = np.random.default_rng(seed)
@@ -356,7 +360,7 @@ class TaskMixture(Sequence):
         chosen = []
         for start, (part, repeats) in zip(starts, parts):
             order = start + rng.permutation(len(part))
-            chosen.append(np.resize(order, round(len(part) * repeats)))  # whole rounds, then a part of one
+            chosen.append(np.resize(order, round(len(part) * repeats)))  # whole rounds and a rest
         self._starts = starts
         self._order = rng.permutation(np.concatenate(chosen)) if chosen else np.empty(0, int)
 
@@ -399,13 +403,14 @@ def _mixture(data_dir: str, split: str, max_chats: int, spelling: float, bee: fl
             words += task.rows
             continue
         border = len(task) - len(task) // 50
-        parts.append((_Rows(task, 0, border) if split == "train" else _Rows(task, border, len(task)), 1.0))
+        rows = _Rows(task, 0, border) if split == "train" else _Rows(task, border, len(task))
+        parts.append((rows, 1.0))
     if words:
         total = sum(len(part) * repeats for part, repeats in parts)
         border = len(words) - len(words) // 50
         words = words[:border] if split == "train" else words[border:] or words[-1:]
-        parts += [(SimpleSpelling("SimpleSpelling", words), min(2.0, spelling * total / len(words))),
-                  (SpellingBee("SpellingBee", words), min(2.0, bee * total / len(words)))]
+        for task, share in ((SimpleSpelling, spelling), (SpellingBee, bee)):
+            parts.append((task(task.__name__, words), min(2.0, share * total / len(words))))
     return TaskMixture(parts)
 
 
@@ -436,9 +441,11 @@ class HubFile:
     revision: str = "main"   # a commit hash pins it
 
 
-_CHOICE, _CODE = ("question", "choices", "answer"), ("task_id", "prompt", "entry_point", "canonical_solution", "test")
+_CHOICE = ("question", "choices", "answer")
+_CODE = ("task_id", "prompt", "entry_point", "canonical_solution", "test")
 HUB_FILES = [
-    HubFile("chat/smol_smoltalk.jsonl", "HuggingFaceTB/smol-smoltalk", None, "train", ("messages",)),
+    HubFile("chat/smol_smoltalk.jsonl", "HuggingFaceTB/smol-smoltalk", None, "train",
+            ("messages",)),
     HubFile("tasks/gsm8k_train.jsonl", "openai/gsm8k", "main", "train", ("question", "answer")),
     HubFile("tasks/gsm8k_test.jsonl", "openai/gsm8k", "main", "test", ("question", "answer")),
     HubFile("tasks/mmlu_auxiliary_train.jsonl", "cais/mmlu", "all", "auxiliary_train", _CHOICE),
@@ -469,8 +476,8 @@ def _fetch(url: str, path: Path, attempts: int = 4) -> Path:
         except OSError as error:  # URLError and timeouts are OSErrors
             temporary.unlink(missing_ok=True)
             if attempt == attempts - 1:
-                raise UserError(f"cannot download {url} ({error}); check the connection, or put the "
-                                f"file at {path} yourself.") from None
+                raise UserError(f"cannot download {url} ({error}); check the connection, or put "
+                                f"the file at {path} yourself.") from None
             time.sleep(2 ** attempt)
 
 
@@ -491,8 +498,9 @@ def _fetch_hub_file(source: HubFile, path: Path, max_rows: int) -> dict:
         rows = load_dataset(source.dataset, name=source.config, split=source.split, revision=commit)
         rows = rows.select_columns(list(source.columns))
     except Exception as error:  # network, hub and format errors share no base class
-        raise UserError(f"cannot get {source.dataset} from the hub ({str(error).splitlines()[0]}); check "
-                        f"the connection, or put {path.name} there yourself.") from None
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise UserError(f"cannot get {source.dataset} from the hub ({reason}); check the "
+                        f"connection, or put {path.name} there yourself.") from None
     if 0 <= max_rows < len(rows):
         rows = rows.shuffle(seed=42).select(range(max_rows))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -527,7 +535,7 @@ def _fetch_core(folder: Path) -> None:
 
 
 def prepare_tasks(
-    data_dir: str = "climbmix",     # where to put them: a folder, or the name of a source under data/
+    data_dir: str = "climbmix",     # where to: a folder, or the name of a source under data/
     max_conversations: int = -1,    # of SmolTalk's 460 thousand; -1: all, about 1 GB
 ) -> Path:                          # the data folder
     "Fetch conversations, tasks and CORE from the hub into a data folder; what is there is kept."

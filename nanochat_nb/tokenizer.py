@@ -200,12 +200,12 @@ def resolve_data_dir(
     data_dir: str | Path,  # a folder, or the name of a source under `data/` in the base directory
 ) -> Path:                 # the folder
     "Find a data folder by path or by name."
-    named = base_dir() / "data" / data_dir
-    for path in (named, Path(data_dir).expanduser()):
+    sources = base_dir() / "data"
+    for path in (sources / data_dir, Path(data_dir).expanduser()):
         if path.is_dir():
             return path
     raise UserError(f"there is no data folder {str(data_dir)!r}, neither as a path nor under "
-                    f"{named.parent}; make the built-in one with "
+                    f"{sources}; make the built-in one with "
                     "`python -m nanochat_nb.dataset --source pocket`.")
 
 

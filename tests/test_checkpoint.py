@@ -240,7 +240,8 @@ def test_pickles_are_refused(base, monkeypatch):
     assert not (base / "exploded").exists()
 
 
-@pytest.mark.parametrize("content", [b"", bytes(64), b"\xff" * 8 + b"{}", b"\x10" + bytes(7) + b"{"])
+@pytest.mark.parametrize("content", [b"", bytes(64), b"\xff" * 8 + b"{}",
+                                     b"\x10" + bytes(7) + b"{"])
 def test_not_safetensors(content):
     path = save_checkpoint("base", "t", 1, tiny_model())
     (path / "model.safetensors").write_bytes(content)
