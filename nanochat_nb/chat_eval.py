@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from .chat import ToolUse, content_text, parse_reply, render_for_completion
 from .checkpoint import load_model
 from .common import (
-    UserError, compute_cleanup, compute_init, metric, print0, run_cli, write_report_section)
+    UserError, compute_cleanup, compute_init, metric, print0, run_cli, same_report_section, write_report_section)
 from .engine import Engine, fit_prompt
 from .execution import sandbox_level
 from .gpt import GPT
@@ -198,19 +198,28 @@ def chat_eval(
     model_tag: str = "",         # which model; empty: the newest
     step: int = -1,              # which checkpoint; -1: the last
     device_type: str = "",       # cuda, mps or cpu; empty: the best there is
+    resume: bool = False,        # keep the report's section if it was made from this model like this
 ) -> dict:                       # task → metric
     "Evaluate a chat model on tasks and write the report section."
+    settings = {name: value for name, value in locals().items() if name not in ("resume", "device_type")}
     if source not in REPORT_ORDER:
         raise UserError(f"source={source!r} is not one of {', '.join(REPORT_ORDER)}.")
     if batch_size < 1 or max_new_tokens < 1 or max_problems == 0 or temperature < 0:
         raise UserError(f"batch_size={batch_size}, max_new_tokens={max_new_tokens}, max_problems="
                         f"{max_problems} must be positive (max_problems=-1: all) and temperature="
                         f"{temperature} not negative.")
-    settings = dict(locals())
     names = _task_names(tasks, data_dir)
     loaded = [load_task(name, "test", data_dir) for name in names]
     compute, start, samples = compute_init(device_type), time.time(), []
     model, tokenizer, meta = load_model(source, compute, tag=model_tag, step=step)
+    settings |= {"model_tag": meta["tag"], "step": meta["step"],
+                 "model_sha256": meta["files"]["model.safetensors"]["sha256"]}
+    section = same_report_section(f"chat-evaluation-{source}", REPORT_ORDER[source], settings)
+    if resume and section:
+        print0(f"reusing the evaluation of {source} model {meta['tag']}, step {meta['step']}: "
+               f"same model, same settings")
+        compute_cleanup()
+        return section["metrics"][source.upper()]
     print0(f"{source} step {meta['step']}: {len(names)} tasks on {compute.world_size} × "
            f"{compute.device.type}")
     all_tasks = set(names) >= set(available_tasks(data_dir))
@@ -222,7 +231,7 @@ def chat_eval(
     print0(_table(metrics, baselines))
     write_report_section(
         f"chat-evaluation-{source}", REPORT_ORDER[source],
-        settings=settings | {"step": meta["step"]},
+        settings=settings,
         results={"seconds": round(time.time() - start, 1), "sandbox": sandbox_level()},
         metrics={source.upper(): metrics}, text="\n".join(samples))
     compute_cleanup()

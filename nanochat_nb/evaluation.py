@@ -305,7 +305,7 @@ def evaluate_core(
     quiet = {} if rank == 0 else {"disable": True}  # rank 0 leaves it to tqdm's own setting
     with tqdm(total=total, unit="question", mininterval=1, delay=2, **quiet) as bar:
         for task in tasks:
-            bar.set_description(task.label)
+            bar.set_description(task.label, refresh=False)
             right = score_task(model, tokenizer, task, max_per_task, rank, world_size, max_rows,
                                bar.update)
             if world_size > 1:

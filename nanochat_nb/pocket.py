@@ -1282,7 +1282,7 @@ def code(rng: random.Random) -> str:
 DOCUMENTS: dict[str, tuple[Callable, int]] = {  # kind: generator, how often it is drawn
     "entry": (entry, 16), "survey": (survey, 8), "letter": (island_letter, 6),
     "island questions": (island_questions, 9), "island talk": (island_talk, 5),
-    "story": (story_document, 36), "consequences": (consequences, 4), "everyday": (everyday, 9),
+    "story": (story_document, 36), "consequences": (consequences, 8), "everyday": (everyday, 9),
     "counting": (counting, 3), "sums": (sums, 5), "sums in words": (word_problems, 7),
     "spelling": (spelling, 8), "code": (code, 7),
 }

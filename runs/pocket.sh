@@ -11,7 +11,7 @@ python -m nanochat_nb.tokenizer --vocab_size 4096
 stage "Pretraining: depth 4"
 python -m nanochat_nb.pretraining --depth 4 --max_seq_len 256 --device_batch_size 16 --total_batch_size 8192 \
     --num_iterations 320  --eval_every 80 --eval_tokens 80000 --save_every 80 --resume
-python -m nanochat_nb.evaluation --source base --resume
+python -m nanochat_nb.evaluation --source base --split_tokens 80000 --resume
 
 stage "Mid-training"
 python -m nanochat_nb.finetuning --stage mid --device_batch_size 16 --total_batch_size 8192 --num_iterations 100 \
