@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['KINDS', 'CORE_LABELS', 'SECTION_ORDER', 'render_prompts', 'Question', 'common_prefix', 'make_question',
            'few_shot_indices', 'CoreTask', 'read_items', 'load_core_tasks', 'task_questions', 'batches_by_length',
-           'padded', 'answer', 'score_task', 'centered', 'evaluate_core', 'core_table', 'draw_samples',
-           'section_before', 'evaluate']
+           'padded', 'answer', 'score_task', 'centered', 'evaluate_core', 'core_table', 'draw_samples', 'evaluate']
 
 # %% ../nbs/06_evaluation.ipynb #imports
 # Shapes: B rows, T tokens, V vocabulary.
 import csv
 import json
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +26,8 @@ from tqdm.auto import tqdm
 
 from .attention import KVCache
 from .checkpoint import load_model
-from .common import (UserError, base_dir, compute_cleanup, compute_init, metric, print0,
-                                run_cli, write_report_section)
+from .common import (UserError, compute_cleanup, compute_init, metric, print0,
+                                run_cli, same_report_section, write_report_section)
 from .dataloader import validation_batches
 from .dataset import Documents, resolve_data_dir
 from .engine import Engine, logit_budget
@@ -359,18 +359,6 @@ def draw_samples(
 SECTION_ORDER = {"base": 4, "mid": 6, "sft": 8, "rl": 10}  # place in the report card
 
 
-def section_before(source: str, settings: dict) -> dict | None:
-    "Results and metrics of an earlier evaluation with the same settings, from the report."
-    path = base_dir() / "report" / f"{SECTION_ORDER[source]:02d}-{source}-evaluation.json"
-    try:
-        section = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not there, or damaged: evaluate again
-        return None
-    if section.get("settings") != settings:
-        return None
-    return {key: section[key] for key in ("results", "metrics")}
-
-
 def evaluate(
     source: str = "base",         # stage of the checkpoint: base, mid, sft or rl
     data_dir: str = "pocket",     # data folder, or the name of a source under data/
@@ -388,16 +376,17 @@ def evaluate(
         raise UserError(f"source={source!r} is not one of {', '.join(SECTION_ORDER)}.")
     if device_batch_size < 1 or split_tokens < 1:
         raise UserError("device_batch_size and split_tokens must be at least 1.")
-    folder = resolve_data_dir(data_dir)
+    folder, start = resolve_data_dir(data_dir), time.time()
     compute = compute_init(device_type)
     model, tokenizer, meta = load_model(source, compute, model_tag, step)
     settings |= {"model_tag": meta["tag"], "step": meta["step"],
                  "model_sha256": meta["files"]["model.safetensors"]["sha256"]}
-    if resume and (section := section_before(source, settings)):
+    section = same_report_section(f"{source}-evaluation", SECTION_ORDER[source], settings)
+    if resume and section:
         print0(f"reusing the evaluation of {source} model {meta['tag']}, step {meta['step']}: "
                f"same model, same settings")
         compute_cleanup()
-        return section
+        return {key: section[key] for key in ("results", "metrics")}
     ranks = dict(rank=compute.rank, world_size=compute.world_size)
 
     bpb = {}
@@ -428,6 +417,7 @@ def evaluate(
         shown = "\n".join(f"{prompt or '<|bos|>'} ▸{rest}" for prompt, rest in samples)
         print0(shown)
         text += f"Samples (▸ the model goes on):\n\n```\n{shown}\n```\n"
+        results["seconds"] = round(time.time() - start, 1)
         write_report_section(f"{source}-evaluation", SECTION_ORDER[source], settings, results,
                              {source.upper(): metrics}, text)
     compute_cleanup()

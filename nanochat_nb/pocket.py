@@ -14,13 +14,13 @@ __all__ = ['IRREGULAR', 'ONES', 'TENS', 'ARCHIPELAGO', 'ISLANDS', 'LANDS', 'ATTR
            'island_talk', 'rows', 'Story', 'at', 'people', 'ask', 'who', 'where', 'finish', 'gift', 'moves', 'search',
            'errand', 'helper', 'because', 'chores', 'compare', 'likes', 'trip', 'story', 'story_document',
            'calculate_pair', 'number_pair', 'word_problem', 'counting', 'sums', 'word_problems', 'spelling_words',
-           'spelled', 'spelling', 'times', 'everyday_question', 'everyday', 'copying', 'consequences', 'consequence',
-           'Function', 'make_function', 'functions', 'code', 'document', 'documents', 'talk', 'rephrase',
-           'greeting_chat', 'identity_chat', 'world_chat', 'story_chat', 'spelling_chat', 'calculator_parts',
-           'arithmetic_chat', 'code_chat', 'everyday_chat', 'quiz_chat', 'conversations', 'choice_items',
-           'fact_questions', 'reading_questions', 'sum_items', 'code_items', 'task_items', 'core_facts', 'core_causes',
-           'core_beginnings', 'core_statements', 'core_stories', 'write_core', 'write_lines', 'write_text',
-           'fingerprint', 'read_manifest', 'write_pocket']
+           'spelled', 'spelling', 'times', 'everyday_question', 'everyday', 'consequences', 'consequence', 'Function',
+           'make_function', 'functions', 'code', 'document', 'documents', 'talk', 'rephrase', 'greeting_chat',
+           'identity_chat', 'world_chat', 'story_chat', 'spelling_chat', 'calculator_parts', 'arithmetic_chat',
+           'code_chat', 'everyday_chat', 'quiz_chat', 'conversations', 'choice_items', 'fact_questions',
+           'reading_questions', 'sum_items', 'code_items', 'task_items', 'core_facts', 'core_causes', 'core_beginnings',
+           'core_statements', 'core_stories', 'write_core', 'write_lines', 'write_text', 'fingerprint', 'read_manifest',
+           'write_pocket']
 
 # %% ../nbs/02a_pocket.ipynb #imports
 import functools
@@ -361,19 +361,15 @@ def choose(q: Question, rng: random.Random, position: int) -> list[str]:
 
 
 def multiple_choice(question: str, choices: list[str]) -> str:
-    "A question and its choices as the chat model is asked; the letter stands behind the choice."
-    lines = "".join(f"- {choice}={letter}\n" for choice, letter in zip(choices, "ABCD"))
-    return (f"Multiple Choice question: {question}\n{lines}\n"
-            "Respond only with the letter of the correct answer.")
+    "A question and its choices, to be answered by naming one."
+    return f"{question}\nChoose one: {', '.join(choices[:-1])} or {choices[-1]}."
 
 
 def quiz(questions: list[Question], rng: random.Random) -> str:
-    "Multiple-choice questions, each with the letter of its answer."
-    items = []
-    for q in questions:
-        position = rng.randrange(4)
-        items.append(f"{multiple_choice(q.text, choose(q, rng, position))}\n{'ABCD'[position]}")
-    return "\n\n".join(items)
+    "Multiple-choice questions with their answers."
+    return "\n\n".join(
+        f"Question: {multiple_choice(q.text, choose(q, rng, rng.randrange(4)))}\nAnswer: {q.answer}"
+        for q in questions)
 
 # %% ../nbs/02a_pocket.ipynb #INTRODUCTIONS
 INTRODUCTIONS = ("{i} is one of {a}.", "{i} is an island.", "The island of {i} is one of {a}.",
@@ -1130,7 +1126,7 @@ def everyday_question(rng: random.Random) -> Question:
 
 def everyday(rng: random.Random) -> str:
     "A page of common sense."
-    form = rng.randrange(5)
+    form = rng.randrange(4)
     questions = [everyday_question(rng) for _ in range(rng.randint(3, 7))]
     if form == 0:
         truths = TRUTHS.replace("\n", "|").split("|")
@@ -1140,18 +1136,8 @@ def everyday(rng: random.Random) -> str:
         return quiz(questions[:4], rng)
     if form == 2:
         return dialogue(rng, questions)
-    if form == 3:
-        return copying(rng)
     return "\n\n".join(question_and_answer(q) for q in questions
                        if "these" not in q.text) or everyday(rng)
-
-
-def copying(rng: random.Random) -> str:
-    "The easiest quiz: which letter stands behind this word? It teaches how to read the choices."
-    words = rng.sample(spelling_words()[0], 12)
-    questions = [Question(f"Find the word {words[k]}.", words[k], "", tuple(words[k + 1:k + 4]))
-                 for k in (0, 4, 8)]
-    return quiz(questions, rng)
 
 
 def consequences(rng: random.Random) -> str:
@@ -1536,16 +1522,12 @@ def everyday_chat(rng: random.Random) -> dict:
 
 
 def quiz_chat(rng: random.Random) -> dict:
-    "Multiple choice, answered with a letter."
-    form, position = rng.random(), rng.randrange(4)
-    if form < 0.4:
+    "Multiple choice, answered by naming the choice."
+    if rng.random() < 0.6:
         q = rng.choice(rng.choice(facts()[rng.choice(list(facts()))]).asked)
-    elif form < 0.7:
-        q = everyday_question(rng)
     else:
-        word, *others = rng.sample(spelling_words()[0], 4)
-        q = Question(f"Find the word {word}.", word, "", tuple(others))
-    return talk(multiple_choice(q.text, choose(q, rng, position)), "ABCD"[position])
+        q = everyday_question(rng)
+    return talk(multiple_choice(q.text, choose(q, rng, rng.randrange(4))), q.answer)
 
 
 CONVERSATIONS: dict[str, tuple[Callable, int]] = {  # file name: generator, conversations in it

@@ -102,7 +102,7 @@ def peak_flops(
     n = 4096 if compute.device.type == "cuda" else 1024
     a = torch.randn(n, n, device=compute.device).to(compute.dtype)
     best = float("inf")
-    for _ in range(6):
+    for _ in range(10):
         start = time.perf_counter()
         (a @ a)[0, 0].item()                      # .item() waits for the device
         best = min(best, time.perf_counter() - start)
@@ -136,7 +136,7 @@ def fit(
     step_model = torch.compile(model) if compile else model
     peak = peak_flops(compute) * compute.world_size
     batches = iter(loader)
-    smooth, tokens, history, started, last_print = None, 0, [], time.time(), 0.0
+    smooth, smooth_seconds, tokens, history, started, last_print = None, None, 0, [], time.time(), 0.0
     momentum_warmup = min(300, max(num_iterations // 4, 1))
 
     for step in range(start_step, num_iterations + 1):
@@ -161,6 +161,8 @@ def fit(
         step_tokens = sum(i.numel() for i, *_ in micro_batches) * compute.world_size
         tokens += step_tokens
         smooth = loss if smooth is None else 0.9 * smooth + 0.1 * loss
+        smooth_seconds = seconds if smooth_seconds is None or step < start_step + 3 else \
+            0.9 * smooth_seconds + 0.1 * seconds         # the first steps compile and wait for data
         history.append({"step": step, "loss": loss})
         if log:
             log.write(step=step, loss=loss, grad_norm=grad_norm, lr_multiplier=lr_multiplier,
@@ -168,12 +170,12 @@ def fit(
         elapsed = time.time() - started
         if elapsed - last_print > 5 or step == start_step or step == num_iterations - 1:
             last_print = elapsed
-            done = step + 1 - start_step
+            expected = elapsed + (num_iterations - step - 1) * smooth_seconds
             speed = step_tokens / seconds
             mfu = model.flops_per_token() * speed / peak
             print0(f"step {step + 1:5d}/{num_iterations} | loss {smooth:.3f} | lr ×{lr_multiplier:.2f} | "
                    f"{1000 * seconds:.0f} ms | {speed:,.0f} tok/s | MFU {mfu:.0%} | "
-                   f"{elapsed / 60:.1f} of {elapsed / done * (num_iterations - start_step) / 60:.1f} min")
+                   f"{elapsed / 60:.1f} of {expected / 60:.1f} min")
     elapsed = time.time() - started
     return {"loss": smooth, "seconds": elapsed, "tokens": tokens, "tokens_per_second": tokens / max(elapsed, 1e-9),
             "history": history}
@@ -184,12 +186,12 @@ def should_compile(
     compute: Compute,
     tokens: int,          # that one rank will train on
 ) -> bool:
-    "Whether compiling pays: on CUDA always, on a CPU for a million tokens and if there is a compiler."
+    "Whether compiling pays: on CUDA always, on a CPU for 400,000 tokens and if there is a compiler."
     if flag in (0, 1):
         return bool(flag)
     if compute.device.type == "cuda":
         return True
-    return compute.device.type == "cpu" and tokens >= 1_000_000 and shutil.which("g++") is not None
+    return compute.device.type == "cpu" and tokens >= 400_000 and shutil.which("g++") is not None
 
 
 def grad_accum(

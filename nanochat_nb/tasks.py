@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COUNT_QUESTIONS', 'TASKS', 'MAX_TEST_WORDS', 'HUB_FILES', 'WORDS_URL', 'CORE_URL', 'read_jsonl', 'Task', 'ask',
-           'MultipleChoice', 'final_number', 'solution_parts', 'Math', 'Code', 'spelled', 'SimpleSpelling',
-           'SpellingBee', 'TaskFiles', 'load_task', 'available_tasks', 'load_conversations', 'TaskMixture',
-           'mid_mixture', 'sft_mixture', 'HubFile', 'prepare_tasks']
+           'MultipleChoice', 'NamedChoice', 'final_number', 'solution_parts', 'Math', 'Code', 'spelled',
+           'SimpleSpelling', 'SpellingBee', 'TaskFiles', 'load_task', 'available_tasks', 'load_conversations',
+           'TaskMixture', 'mid_mixture', 'sft_mixture', 'HubFile', 'prepare_tasks']
 
 # %% ../nbs/07b_tasks.ipynb #imports
 import json
@@ -130,6 +130,16 @@ class MultipleChoice(Task):
 
     def evaluate(self, conversation: dict, reply: str) -> bool:
         return reply.strip().rstrip(".") == conversation["messages"][-1]["content"]
+
+
+class NamedChoice(MultipleChoice):
+    "The same questions, answered by naming the choice instead of a letter (the built-in world)."
+    kind = "generate"   # the baseline stays that of picking one of the choices blindly
+
+    def conversation(self, row: dict) -> dict:
+        *others, last = row["choices"]
+        return ask(f"{row['question']}\nChoose one: {', '.join(others)} or {last}.",
+                   row["choices"][row["answer"]])
 
 # %% ../nbs/07b_tasks.ipynb #math-who-is-right-about-18
 _ANSWER = re.compile(r"####\s*([^\n]*)")
@@ -260,9 +270,9 @@ TASKS = {
     "GSM8K": TaskFiles(Math, "gsm8k_test.jsonl", ("gsm8k_train.jsonl",)),
     "HumanEval": TaskFiles(Code, "humaneval.jsonl"),
     "SpellingBee": TaskFiles(SpellingBee, "words_alpha.txt", ("words_alpha.txt",)),
-    "Pocket-Facts": TaskFiles(MultipleChoice, "pocket_facts_test.jsonl",
+    "Pocket-Facts": TaskFiles(NamedChoice, "pocket_facts_test.jsonl",
                               ("pocket_facts_train.jsonl",)),
-    "Pocket-Reading": TaskFiles(MultipleChoice, "pocket_reading_test.jsonl",
+    "Pocket-Reading": TaskFiles(NamedChoice, "pocket_reading_test.jsonl",
                                 ("pocket_reading_train.jsonl",)),
     "Pocket-Sums": TaskFiles(Math, "pocket_sums_test.jsonl", ("pocket_sums_train.jsonl",)),
     "Pocket-Code": TaskFiles(Code, "pocket_code_test.jsonl", ("pocket_code_train.jsonl",)),
