@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['attention_naive', 'causal_mask', 'attention', 'KVCache']
 
-# %% ../nbs/03a_attention.ipynb #3a-attention-and-remembering-it-3
+# %% ../nbs/03a_attention.ipynb #imports
 # Shapes: B batch, T new tokens, S stored tokens, H query heads, K key/value heads, D head width.
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .common import UserError
 
-# %% ../nbs/03a_attention.ipynb #attention-naive
+# %% ../nbs/03a_attention.ipynb #three-lines-of-algebra
 def attention_naive(
     q: Tensor,          # (B, H, T, D) queries
     k: Tensor,          # (B, K, T, D) keys; H must be a multiple of K
@@ -32,7 +32,7 @@ def causal_mask(T: int, window: int, device) -> Tensor:
     distance = torch.arange(T, device=device)[:, None] - torch.arange(T, device=device)
     return (distance >= 0) & ((distance <= window) if window >= 0 else True)
 
-# %% ../nbs/03a_attention.ipynb #attention
+# %% ../nbs/03a_attention.ipynb #grouped-queries
 def attention(
     q: Tensor,          # (B, H, T, D) queries
     k: Tensor,          # (B, K, T, D) keys; H must be a multiple of K
@@ -46,13 +46,13 @@ def attention(
     mask = causal_mask(T, window, q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
 
-# %% ../nbs/03a_attention.ipynb #kvcache
+# %% ../nbs/03a_attention.ipynb #the-kv-cache
 class KVCache:
     """Keys and values of every layer for a batch of sequences of different lengths.
 
     A forward pass with the cache *appends*: row b's new tokens take the positions
-    `lengths[b] … lengths[b] + T − 1`.  To prefill prompts of different lengths at once, pad them on
-    the right and then set `lengths` to the true ones: what lies behind them is overwritten later.
+    `lengths[b] … lengths[b] + T − 1`.  To prefill prompts of different lengths together, pad
+    them on the right and set `lengths` to the true ones: what lies behind is overwritten later.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class KVCache:
         return self.keys.size(3)
 
     def select(self, rows: Tensor) -> "KVCache":
-        "A new cache of the given rows (long tensor): drops finished sequences, or copies one to many."
+        "A new cache of the given rows (int64): drops finished sequences, or copies one to many."
         new = object.__new__(KVCache)
         new.keys, new.values = self.keys[:, rows], self.values[:, rows]
         new.lengths = self.lengths[rows]
@@ -90,16 +90,23 @@ class KVCache:
 
     def begin(self, T: int) -> None:
         "Prepare for a forward pass of T new tokens a row: positions, and who may see whom."
-        self.stored = int(self.lengths.max())       # one wait for the device per forward, not per layer
+        self.stored = int(self.lengths.max())   # waits for the device: once per pass, not per layer
         if self.stored + T > self.max_len:
-            raise UserError(f"the KV cache holds {self.max_len} tokens, but {self.stored} + {T} are "
-                            f"needed; make it longer or the text shorter.")
+            raise UserError(f"the KV cache holds {self.max_len} tokens, but {self.stored} + {T} "
+                            f"are needed; make it longer or the text shorter.")
         new = torch.arange(T, device=self.lengths.device)
         self.positions = self.lengths[:, None] + new                               # (B, T)
         self.key_positions = torch.arange(self.stored + T, device=new.device)      # (S,)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int = -1) -> Tensor:
-        "Store the new keys and values (B, K, T, D) of a layer; attend from q (B, H, T, D) to all so far."
+    def attend(
+        self,
+        layer: int,         # 0 … n_layer − 1
+        q: Tensor,          # (B, H, T, D) queries of the new tokens
+        k: Tensor,          # (B, K, T, D) their keys
+        v: Tensor,          # (B, K, T, D) their values
+        window: int = -1,   # how many earlier tokens a position sees; -1: all
+    ) -> Tensor:            # (B, H, T, D)
+        "Store a layer's new keys and values; attend from the new tokens to all so far."
         keys, values, T = self.keys[layer], self.values[layer], q.size(2)
         if self.stored == 0:                        # all rows are empty: prefill is plain attention
             keys[:, :, :T], values[:, :, :T] = k, v
@@ -111,7 +118,7 @@ class KVCache:
         distance = self.positions[:, None, :, None] - self.key_positions       # (B, 1, T, S)
         mask = (distance >= 0) & ((distance <= window) if window >= 0 else True)
         return F.scaled_dot_product_attention(q, keys[:, :, :S], values[:, :, :S], attn_mask=mask,
-                                              enable_gqa=q.size(1) != k.size(1))
+                                              enable_gqa=q.size(1) != k.size(1))   # (B, H, T, D)
 
     def end(self, T: int) -> None:
         "Count the T tokens that every layer has now stored."

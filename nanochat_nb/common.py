@@ -10,6 +10,7 @@ __all__ = ['DTYPES', 'UserError', 'run_cli', 'base_dir', 'atomic_write', 'autode
 # %% ../nbs/00_common.ipynb #imports
 import datetime
 import functools
+import gc
 import json
 import os
 import random
@@ -30,10 +31,10 @@ class UserError(ValueError):
 
 # %% ../nbs/00_common.ipynb #run_cli
 def run_cli(
-    function,                        # an entry point: its parameters are the flags, their comments the help
-    argv: list[str] | None = None,   # the flags; None: those of the command line
+    function,                       # an entry point: parameters are flags, their comments the help
+    argv: list[str] | None = None,  # the flags; None: those of the command line
 ) -> None:
-    "Call an entry point with flags; a `UserError` becomes one line on standard error and exit code 2."
+    "Call an entry point with flags; a `UserError` becomes one line on stderr and exit code 2."
     flags = vars(anno_parser(function).parse_args(argv))
     try:
         function(**{name: value for name, value in flags.items() if name not in ("pdb", "xtra")})
@@ -93,19 +94,21 @@ def compute_dtype(
     "bfloat16 where the hardware multiplies it natively, else float32; `NANOCHAT_DTYPE` overrides."
     if name := os.environ.get("NANOCHAT_DTYPE"):
         if name not in DTYPES:
-            raise UserError(f"NANOCHAT_DTYPE={name!r} is not one of {', '.join(DTYPES)}.")
+            raise UserError(f"NANOCHAT_DTYPE={name!r} is not one of {', '.join(DTYPES)}; "
+                            "unset it to let the device decide.")
         return DTYPES[name]
     if device_type == "cuda":
         native = torch.cuda.get_device_capability() >= (8, 0)
     else:
-        native = device_type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() \
-            and torch.backends.cpu.get_cpu_capability() == "AVX512" and _cpu_has_bf16()
+        native = (device_type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512"
+                  and _cpu_has_bf16()
+                  and torch.ops.mkldnn._is_mkldnn_bf16_supported())  # last: some builds lack it
     return torch.bfloat16 if native else torch.float32
 
 
 @functools.cache
 def _cpu_has_bf16() -> bool:
-    "Whether the processor has bf16 dot products (AVX512-BF16, AMX), not only a way to emulate them."
+    "Whether the processor has bf16 dot products (AVX512-BF16, AMX) and need not emulate them."
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as f:
             flags = next((line for line in f if line.startswith("flags")), "").split()
@@ -128,19 +131,32 @@ class Compute:
         return self.rank == 0
 
 
+def _check_device(device_type: str, local_rank: int, world_size: int) -> None:
+    "Raise a UserError unless this rank can have a device of this type."
+    if device_type not in ("cuda", "mps", "cpu"):
+        raise UserError(f"device_type={device_type!r} is not one of cuda, mps, cpu.")
+    if device_type == "cuda" and not torch.cuda.is_available():
+        raise UserError("device_type=cuda, but torch sees no CUDA device; try --device_type=cpu.")
+    if device_type == "cuda" and local_rank >= (count := torch.cuda.device_count()):
+        raise UserError(f"process {local_rank} of this machine has no GPU of its own, torch sees "
+                        f"{count}; try torchrun --nproc_per_node={count}.")
+    if device_type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device_type=mps, but torch sees no Apple GPU; try --device_type=cpu.")
+    if device_type == "mps" and world_size > 1:
+        raise UserError(f"{world_size} processes cannot share one Apple GPU; start one, or try "
+                        "--device_type=cpu.")
+
+
 def compute_init(
     device_type: str = "",  # "cuda", "mps" or "cpu"; empty: the best there is
     seed: int = 42,         # seed of Python's, NumPy's and torch's generators
 ) -> Compute:
     "Choose the device, join the process group when started by torchrun, seed every generator."
     device_type = device_type or autodetect_device_type()
-    if device_type not in ("cuda", "mps", "cpu"):
-        raise UserError(f"device_type={device_type!r} is not one of cuda, mps, cpu.")
-    if device_type == "cuda" and not torch.cuda.is_available():
-        raise UserError("device_type=cuda, but torch sees no CUDA device; try --device_type=cpu.")
     rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in
                                     (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device(device_type)
+    _check_device(device_type, local_rank, world_size)
+    device = torch.device(f"cuda:{local_rank}" if device_type == "cuda" else device_type)
     if device_type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in fp32
@@ -155,7 +171,6 @@ def compute_cleanup() -> None:
     "Leave the process group, if we are in one."
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
-        import gc
         gc.collect()  # torch 2.13 with gloo aborts at exit unless the group is collected now
 
 
@@ -173,18 +188,20 @@ def print0(*args, **kwargs) -> None:
 
 # %% ../nbs/00_common.ipynb #the-run-log
 class RunLog:
-    "Appends one JSON object per call to `logs/NAME.jsonl` under the base folder; only rank 0 writes."
+    "Appends one JSON object per call to `logs/NAME.jsonl` in the base folder; only rank 0 writes."
 
     def __init__(self, name: str):
         self.path = base_dir() / "logs" / f"{name}.jsonl"
         self.started = time.time()
         self.active = int(os.environ.get("RANK", 0)) == 0
+        self.mended = False
 
     def write(self, **values) -> None:
         "Append `values` with the seconds since the log was opened."
         if not self.active:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._mend()
         line = json.dumps({"seconds": round(time.time() - self.started, 3), **values})
         with open(self.path, "a", encoding="utf-8") as f:
             f.write(line + "\n")
@@ -195,6 +212,13 @@ class RunLog:
             return []
         lines = self.path.read_text(encoding="utf-8").split("\n")
         return [json.loads(line) for line in lines[:-1]]
+
+    def _mend(self) -> None:
+        "Before the first write: cut off a line that a crash left unfinished."
+        if not self.mended and self.path.exists():
+            whole = self.path.read_bytes().rpartition(b"\n")
+            os.truncate(self.path, len(whole[0] + whole[1]))
+        self.mended = True
 
 # %% ../nbs/00_common.ipynb #the-report
 def metric(
@@ -213,7 +237,7 @@ def write_report_section(
     order: int,                     # position in the report card
     settings: dict | None = None,   # what was asked for
     results: dict | None = None,    # what came out
-    metrics: dict | None = None,    # column → name → `metric(…)`, e.g. {"SFT": {"GSM8K": …}}
+    metrics: dict | None = None,    # column → name → `metric(…)`: {"SFT": {"GSM8K": …}}
     text: str = "",                 # Markdown shown under the table: samples, remarks
 ) -> Path | None:                   # the file written; None on ranks other than 0
     "Store a stage's section of the report card as `report/NN-name.json`."
@@ -228,8 +252,8 @@ def write_report_section(
 
 def same_report_section(
     name: str,         # as given to `write_report_section`
-    order: int,
-    settings: dict,    # of the evaluation about to be made, the checkpoint's identity among them
+    order: int,        # likewise
+    settings: dict,    # of the evaluation to be made, the checkpoint's identity among them
 ) -> dict | None:      # the stored section if it was made with the same settings, else None
     "An earlier evaluation of the very same thing, so that a second run need not repeat it."
     path = base_dir() / "report" / f"{order:02d}-{name}.json"

@@ -66,7 +66,7 @@ def pack_pieces(
     bos: int,
     *key: int,                # seeds the order of pieces in a row, and of rows
 ) -> list[list[list[int]]]:   # rows of pieces
-    "Rows that are at least 97 % full, but for the last one made: best fit, then cut what is needed."
+    "Rows at least 97 % full, but for the last one made: best fit, then cut what is needed."
     slack, rows, loose = max(2, capacity // 32), [], []
     for r, row in enumerate(pack(list(map(len, pieces)), capacity)):
         if capacity - sum(len(pieces[i]) for i in row) < slack:

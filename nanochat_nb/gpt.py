@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['norm', 'rotary_tables', 'rotate', 'Linear', 'GPTConfig', 'CausalSelfAttention', 'MLP', 'Block', 'GPT']
 
-# %% ../nbs/03_gpt.ipynb #3-the-model-3
-# Shapes: B batch, T tokens, C model width, H query heads, K key/value heads, D head width, V vocabulary.
+# %% ../nbs/03_gpt.ipynb #imports
+# Shapes: B batch, T tokens, C model width, V vocabulary,
+#         H query heads, K key/value heads, D head width.
 import math
 from dataclasses import asdict, dataclass
 
@@ -18,12 +19,12 @@ from torch import Tensor
 from .attention import KVCache, attention
 from .common import UserError
 
-# %% ../nbs/03_gpt.ipynb #norm
+# %% ../nbs/03_gpt.ipynb #version-2-average-the-past
 def norm(x: Tensor) -> Tensor:
     "RMSNorm over the last dimension, without parameters (Zhang & Sennrich 2019, arXiv:1910.07467)."
     return F.rms_norm(x, (x.size(-1),), eps=1e-6)
 
-# %% ../nbs/03_gpt.ipynb #rotary-tables
+# %% ../nbs/03_gpt.ipynb #rotary-positions
 def rotary_tables(
     sequence_len: int,  # number of positions
     head_dim: int,      # D, even
@@ -45,7 +46,7 @@ def rotate(
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
 
-# %% ../nbs/03_gpt.ipynb #linear
+# %% ../nbs/03_gpt.ipynb #the-linear-layer-and-its-precision
 class Linear(nn.Linear):
     "A linear layer without bias whose fp32 weight is cast to the dtype of its input."
 
@@ -55,7 +56,7 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
 
-# %% ../nbs/03_gpt.ipynb #gptconfig
+# %% ../nbs/03_gpt.ipynb #the-configuration
 @dataclass
 class GPTConfig:
     "The shape of a GPT; the defaults are depth 20, the 2025-11 nanochat speedrun."
@@ -67,7 +68,7 @@ class GPTConfig:
     n_embd: int = 1280              # C, width of the residual stream
     rope_base: float = 10000.0      # rotary base: how slowly the slowest pair turns
     logit_softcap: float = 15.0     # logits are squashed into ±15 by tanh; 0 turns it off
-    window_pattern: str = "L"       # per layer, repeated: L sees all, S a quarter; the last is always L
+    window_pattern: str = "L"       # per layer, repeated: L sees all, S a quarter; the last all
 
     def __post_init__(self):
         for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
@@ -77,11 +78,12 @@ class GPTConfig:
             raise UserError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}; "
                             f"try n_embd={-(-self.n_embd // self.n_head) * self.n_head}.")
         if self.head_dim % 2:
-            raise UserError(f"head width {self.head_dim} (n_embd / n_head) is odd, but rotary positions "
-                            f"turn pairs; try n_embd={self.n_head * (self.head_dim + 1)}.")
+            raise UserError(f"head width {self.head_dim} (n_embd / n_head) is odd, but rotary "
+                            f"positions turn pairs; try "
+                            f"n_embd={self.n_head * (self.head_dim + 1)}.")
         if self.n_head % self.n_kv_head:
-            raise UserError(f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}; "
-                            f"try n_kv_head={self.n_head}.")
+            raise UserError(f"n_head={self.n_head} is not a multiple of "
+                            f"n_kv_head={self.n_kv_head}; try n_kv_head={self.n_head}.")
         if not self.window_pattern or set(self.window_pattern) - set("LS"):
             raise UserError(f"window_pattern={self.window_pattern!r} may hold only L and S, "
                             f"for example SSSL.")
@@ -92,7 +94,7 @@ class GPTConfig:
         return self.n_embd // self.n_head
 
     def window(self, layer: int) -> int:
-        "How many earlier tokens a layer sees; -1: all. S is a quarter of the context, in steps of 128."
+        "How many earlier tokens a layer sees; -1: all. S: a quarter of the context, in 128s."
         letter = self.window_pattern[layer % len(self.window_pattern)]
         if letter == "L" or layer == self.n_layer - 1:
             return -1
@@ -102,7 +104,7 @@ class GPTConfig:
         "As plain values, for JSON; `GPTConfig(**d)` is the way back."
         return asdict(self)
 
-# %% ../nbs/03_gpt.ipynb #causalselfattention
+# %% ../nbs/03_gpt.ipynb #the-block
 class CausalSelfAttention(nn.Module):
     "Multi-head attention with rotary positions, QK-norm and optionally shared key/value heads."
 
@@ -116,15 +118,15 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = Linear(config.n_head * config.head_dim, config.n_embd)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: KVCache | None) -> Tensor:
-        B, T, C = x.shape
-        q, k, v = (c(x).view(B, T, -1, self.head_dim).transpose(1, 2)    # (B, T, C) → (B, H, T, D)
+        B, T, _ = x.shape
+        q, k, v = (c(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, T, C) → (B, H, T, D)
                    for c in (self.c_q, self.c_k, self.c_v))
         q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
         if kv_cache is None:
             y = attention(q, k, v, self.window)
         else:
             y = kv_cache.attend(self.layer, q, k, v, self.window)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))          # (B, H, T, D) → (B, T, C)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))        # (B, H, T, D) → (B, T, C)
 
 
 class MLP(nn.Module):
@@ -151,7 +153,7 @@ class Block(nn.Module):
         x = x + self.attn(norm(x), cos, sin, kv_cache)
         return x + self.mlp(norm(x))
 
-# %% ../nbs/03_gpt.ipynb #gpt
+# %% ../nbs/03_gpt.ipynb #the-whole-model
 class GPT(nn.Module):
     """A decoder-only Transformer: the 2025-11 nanochat architecture.
 
@@ -199,18 +201,20 @@ class GPT(nn.Module):
         targets: Tensor | None = None,      # (B, T) the tokens that follow; −1 is not counted
         kv_cache: KVCache | None = None,    # append to what it holds, and read from it
         reduction: str = "mean",            # of the loss: "mean", "sum", or "none" → (B, T)
-    ) -> Tensor:                            # logits (B, T, V) in fp32 without targets, else the loss
+    ) -> Tensor:                            # the loss; without targets: logits (B, T, V) in fp32
         "Logits for every position, or their cross-entropy with `targets` in nats."
         B, T = idx.shape
         if kv_cache is None:
             if T > self.config.sequence_len:
-                raise UserError(f"{T} tokens do not fit the model's context of {self.config.sequence_len}.")
+                raise UserError(f"{T} tokens do not fit the model's context of "
+                                f"{self.config.sequence_len}; cut the text or train with more.")
             cos, sin = self.cos[:T], self.sin[:T]                            # (T, D/2)
         else:
             kv_cache.begin(T)
+            # padding on the right may stick out of the context; what comes of it is thrown away
             positions = kv_cache.positions.clamp(max=self.config.sequence_len - 1)
-            cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]   # (B, 1, T, D/2)
-        cos, sin = cos.to(self.compute_dtype), sin.to(self.compute_dtype)
+            cos, sin = (table[positions][:, None] for table in (self.cos, self.sin))
+        cos, sin = cos.to(self.compute_dtype), sin.to(self.compute_dtype)    # or (B, 1, T, D/2)
         x = norm(self.transformer.wte(idx).to(self.compute_dtype))           # (B, T) → (B, T, C)
         for block in self.transformer.h:
             x = block(x, cos, sin, kv_cache)

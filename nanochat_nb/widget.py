@@ -10,7 +10,6 @@ import asyncio
 import html
 import threading
 import time
-from typing import Iterator
 
 from .common import UserError
 from .engine import Engine

@@ -49,6 +49,13 @@ def test_ruff():
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+def test_modules_import_what_they_use():
+    "A name that a notebook's demo cell imports is missing in the module: its exported cells must import it."
+    result = subprocess.run([sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F401,F821",
+                             "--output-format", "concise", ROOT / "nanochat_nb"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
 # ---------------------------------------------------------------- each rule can fail
 
 @pytest.fixture
