@@ -35,7 +35,13 @@ def run_cli(
     argv: list[str] | None = None,  # the flags; None: those of the command line
 ) -> None:
     "Call an entry point with flags; a `UserError` becomes one line on stderr and exit code 2."
-    flags = vars(anno_parser(function).parse_args(argv))
+    parser = anno_parser(function)
+
+    def one_line(message: str):      # argparse's own would print the whole usage first
+        parser.exit(2, f"error: {message}; see --help\n")
+
+    parser.error = one_line
+    flags = vars(parser.parse_args(argv))
     try:
         function(**{name: value for name, value in flags.items() if name not in ("pdb", "xtra")})
         return   # what the function returns is for notebooks, not for the shell

@@ -238,8 +238,9 @@ def child_main() -> None:
 LAYERS = ("limits", "files", "syscalls")
 
 
+@functools.cache
 def child_source() -> str:
-    "The program of the child: the source of the functions above, and a call."
+    "The program of the child: the source of the functions above, and a call; read once per process."
     parts = (system_call, limit_resources, drop_privileges, restrict_files, restrict_syscalls,
              plain_results, run_job, child_main)
     return "\n".join(inspect.getsource(part) for part in parts) + "\nchild_main()\n"

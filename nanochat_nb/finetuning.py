@@ -76,6 +76,7 @@ def finetune(
     ranks = compute.rank, compute.world_size
     data = resolve_data_dir(data_dir)
     model, tokenizer, source_meta = load_model(source, compute, model_tag, source_step)
+    settings["source_model"] = source_meta["files"]["model.safetensors"]["sha256"]
     model.train()
     tag, T = source_meta["tag"], model.config.sequence_len
 

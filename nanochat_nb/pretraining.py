@@ -85,12 +85,14 @@ def train_step(
         total += loss.detach()
     if world_size > 1:
         dist.all_reduce(total)
-    grad_norm = optimizer.step(lr_multiplier, muon_momentum, max_norm)
+    loss, grad_norm = total.item(), torch.zeros(())
+    if math.isfinite(loss):
+        grad_norm = optimizer.step(lr_multiplier, muon_momentum, max_norm)
     optimizer.zero_grad()
-    if not (torch.isfinite(total) and torch.isfinite(grad_norm)):
-        raise UserError(f"the loss is {total.item()} and the gradient norm {grad_norm.item()}; the "
-                        f"step was not taken. Lower the learning rates, or look at the batch.")
-    return total.item(), grad_norm.item()
+    if not (math.isfinite(loss) and torch.isfinite(grad_norm)):
+        raise UserError(f"the loss is {loss} and the gradient norm {grad_norm.item()}; the step was "
+                        f"not taken. Lower the learning rates, or look at the batch.")
+    return loss, grad_norm.item()
 
 # %% ../nbs/05_pretraining.ipynb #what-the-log-line-says
 def peak_flops(

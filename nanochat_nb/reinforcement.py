@@ -174,6 +174,7 @@ def reinforce(
         raise UserError(f"num_samples={num_samples}: a group needs at least 2 answers to compare; "
                         "try 8.")
     model, tokenizer, source_meta = load_model("sft", compute, model_tag, source_step)
+    settings["source_model"] = source_meta["files"]["model.safetensors"]["sha256"]
     tag, engine = source_meta["tag"], Engine(model, tokenizer)
     if num_iterations == -1:
         num_iterations = max(1, round(num_epochs * len(train_task) / examples_per_step))

@@ -211,7 +211,7 @@ def run(name: str, timeout: int = 600, store: bool = True) -> float:
     with tempfile.TemporaryDirectory(prefix="nb-") as sockets:
         # local sockets: over TCP ipykernel warns, and the warning would be stored
         config = Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"})
-        Client(nb, timeout=timeout, config=config, store_widget_state=False,
+        Client(nb, timeout=timeout, config=config, store_widget_state=False, coalesce_streams=True,
                resources={"metadata": {"path": str(NBS)}}).execute(
                    env={**os.environ, "TQDM_DISABLE": "1"})  # bars would be stored as widgets
     seconds = round(time.time() - started, 1)
