@@ -60,7 +60,7 @@ def finetune(
     warmdown_ratio: float = 0.8,      # share of the run, at its end, in which the rates fall to 0
     eval_every: int = 100,            # steps between validations; -1: only at the end
     save_every: int = -1,             # steps between checkpoints; -1: only at the end
-    run: str = "",                    # name of the log, logs/<run>.jsonl; default: the stage
+    run: str = "",                    # name of the log; default: the stage (torchrun: -- before flags)
     resume: bool = False,             # go on from this run's newest checkpoint
     compile: int = -1,                # 1 compile the model, 0 do not, -1 where it pays
     device_type: str = "",            # cuda, mps or cpu; default: the best there is

@@ -308,7 +308,7 @@ def pretrain(
     eval_tokens: int = -1,            # tokens of a validation; -1: 20 steps' worth
     save_every: int = -1,             # steps between checkpoints; -1: only at the end
     model_tag: str = "",              # name of the checkpoints; default d<depth>
-    run: str = "base",                # name of the log, logs/<run>.jsonl
+    run: str = "base",                # name of the log, logs/<run>.jsonl (torchrun: -- first)
     resume: bool = False,             # go on from this run's newest checkpoint
     compile: int = -1,                # 1 compile the model, 0 do not, -1 where it pays
     device_type: str = "",            # cuda, mps or cpu; default: the best there is

@@ -154,7 +154,7 @@ def reinforce(
     eval_every: int = 60,             # steps between evaluations; -1: only at start and end
     eval_examples: int = 400,         # test problems of an evaluation
     save_every: int = 60,             # steps between checkpoints; -1: only at the end
-    run: str = "rl",                  # name of the log, logs/<run>.jsonl
+    run: str = "rl",                  # name of the log (torchrun: write -- before flags)
     resume: bool = False,             # go on from this run's newest checkpoint
     device_type: str = "",            # cuda, mps or cpu; default: the best there is
     seed: int = 42,                   # of the sampling

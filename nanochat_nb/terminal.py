@@ -246,6 +246,7 @@ def _run(reply_fn: ReplyFn, info: dict, prompt: str, params: dict) -> None:
              f"step {info['step']}. {HELP}")
     chat_loop(reply_fn, params, lambda: input("\n> " if person else ""), write, note)
     if person:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more Ctrl-C must not spoil the goodbye
         write("\n")
 
 # %% ../nbs/09a_terminal.ipynb #command-line

@@ -26,7 +26,10 @@ def command(base: Path, *args, ranks: int = 0) -> tuple[list[str], dict]:
         if ranks else [sys.executable, "-m"]
     env = {**os.environ, "NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1", "NANOCHAT_DTYPE": "float32",
            "PYTHONPATH": str(ROOT)}
-    return [*launcher, *map(str, args)], env
+    module, *flags = map(str, args)
+    if ranks:
+        flags = ["--", *flags]         # else torchrun takes --run for an abbreviation of its --run-path
+    return [*launcher, module, *flags], env
 
 
 def run(base: Path, module: str, *args, ranks: int = 0, check: bool = True, cwd=None) -> subprocess.CompletedProcess:
@@ -205,7 +208,7 @@ def test_bad_flags(world, args, words):
 def test_nothing_there_yet(tmp_path):
     "In an empty base folder every command names the one that must come before it."
     for module, words in [("tokenizer", "nanochat_nb.dataset"), ("pretraining", "nanochat_nb.dataset|nanochat_nb.tokenizer"),
-                          ("serving", "nanochat_nb"), ("report", "report")]:
+                          ("serving", "speedrun"), ("report", "report")]:
         done = run(tmp_path, module, check=False)
         assert done.returncode != 0 and "Traceback" not in done.stderr
         assert re.search(words, done.stderr), (module, done.stderr)
