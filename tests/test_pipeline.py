@@ -135,6 +135,24 @@ def test_two_ranks_train_one_model(world):
         assert (w - weights[1][name]).abs().max() < 1e-3 * max(w.abs().max().item(), 1), name
 
 
+def kill_all(process: subprocess.Popen, tag: str) -> None:
+    "SIGKILL the launcher and its ranks, which torchrun puts into sessions of their own."
+    pids = {process.pid}
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if tag.encode() in path.read_bytes().split(b"\0"):
+                pids.add(int(path.parent.name))
+        except OSError:        # it ended while we looked
+            continue
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    process.wait()
+    time.sleep(1)              # the ranks are nobody's children now: give the kernel time to end them
+
+
 @pytest.mark.parametrize("ranks", [0, 2])
 def test_killed_and_resumed_is_the_same_run(world, ranks):
     "SIGKILL in the middle; the same command with --resume ends with the same bits."
@@ -149,8 +167,7 @@ def test_killed_and_resumed_is_the_same_run(world, ranks):
     while not list((world / "checkpoints" / "base").glob(f"{broken}/step_*")):
         assert time.time() < deadline and process.poll() is None
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_all(process, broken)
     assert not (world / "checkpoints" / "base" / broken / "step_000040").exists(), "killed too late to tell"
     done = run(world, "pretraining", *tiny, "--model_tag", broken, "--run", broken, "--resume", ranks=ranks)
     assert "resuming after step" in done.stdout
