@@ -15,8 +15,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer as FastTokenizer
-from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from .checkpoint import load_model
@@ -150,10 +148,12 @@ def hf_tokenizer_config(config: GPTConfig) -> dict:
 
 def hf_tokenizer(tokenizer: Tokenizer) -> str:
     "Content of tokenizer.json: ours, and text begins with <|bos|>, as every training row did."
-    fast = FastTokenizer.from_str(tokenizer.json)
-    fast.post_processor = TemplateProcessing(single="<|bos|> $A", pair="<|bos|> $A $B",
-                                             special_tokens=[("<|bos|>", tokenizer.bos)])
-    return fast.to_str(pretty=True)
+    bos, a, b = ({"SpecialToken": {"id": "<|bos|>", "type_id": 0}},
+                 *({"Sequence": {"id": name, "type_id": 0}} for name in "AB"))
+    special = {"<|bos|>": {"id": "<|bos|>", "ids": [tokenizer.bos], "tokens": ["<|bos|>"]}}
+    return json.dumps(json.loads(tokenizer.json) | {"post_processor": {
+        "type": "TemplateProcessing", "single": [bos, a], "pair": [bos, a, b],
+        "special_tokens": special}}, ensure_ascii=False, indent=1)
 
 # %% ../nbs/09d_export.ipynb #the-card
 def model_card(

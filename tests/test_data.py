@@ -1,26 +1,20 @@
 "Tokenizer, text and batches: what a notebook shows once is held here on many inputs."
-import hashlib
-import http.server
 import json
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat_nb import dataset
 from nanochat_nb.common import UserError
 from nanochat_nb.dataloader import (
     ConversationLoader, PackedLoader, pack, pack_pieces, split_document, validation_batches)
-from nanochat_nb.dataset import Documents, download_source, prepare_dataset
-from nanochat_nb.tokenizer import SPECIAL_TOKENS, Tokenizer, Utf8Stream, train_tokenizer
+from nanochat_nb.dataset import Documents, prepare_dataset
+from nanochat_nb.tokenizer import Tokenizer
 
 settings.register_profile("quick", max_examples=50, deadline=None)
 settings.load_profile("quick")
@@ -56,113 +50,6 @@ def base(tmp_path, monkeypatch):
 @pytest.fixture
 def folder(tmp_path):
     return write_shards(tmp_path / "data", [STORIES[:60], STORIES[60:100], STORIES[100:120]])
-
-
-# --- tokenizer -------------------------------------------------------------------------------
-
-@given(st.text())
-def test_round_trip(text):
-    ids = TOKENIZER.encode(text)
-    assert TOKENIZER.decode(ids) == text
-    assert not TOKENIZER.special_ids & set(ids)
-    assert b"".join(map(TOKENIZER.id_to_bytes, ids)) == text.encode()
-
-
-@given(st.lists(st.sampled_from([*SPECIAL_TOKENS, "<|", "|>", "bos", " ", "a", "<|bos", "\n"])))
-def test_text_cannot_forge_special_tokens(parts):
-    text = "".join(parts)
-    ids = TOKENIZER.encode(text)
-    assert TOKENIZER.encode_batch([text]) == [ids]
-    assert not TOKENIZER.special_ids & set(ids)
-    assert TOKENIZER.decode(ids) == text
-
-
-def test_special_tokens_cannot_be_learned():
-    tokenizer = Tokenizer.train(["".join(SPECIAL_TOKENS) * 50], 400)
-    for name in SPECIAL_TOKENS:
-        assert tokenizer.special(name) not in tokenizer.encode(name)
-        assert tokenizer.decode([tokenizer.special(name)]) == name
-
-
-@given(st.lists(st.integers(0, TOKENIZER.vocab_size - 1)))
-def test_stream_equals_decode(ids):
-    stream = Utf8Stream(TOKENIZER)
-    assert "".join(map(stream.push, ids)) + stream.flush() == TOKENIZER.decode(ids)
-
-
-def test_every_code_point():
-    for start in range(0, 0x110000, 0x4000):
-        text = "".join(chr(c) for c in range(start, start + 0x4000) if not 0xD800 <= c < 0xE000)
-        assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
-
-
-def test_half_surrogate_becomes_question_mark():
-    assert TOKENIZER.decode(TOKENIZER.encode("a\ud800b")) == "a?b"
-    assert TOKENIZER.encode_batch(["a\ud800b"]) == [TOKENIZER.encode("a?b")]
-
-
-def test_one_megabyte_of_one_character():
-    text, start = "a" * 2**20, time.time()
-    assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
-    assert time.time() - start < 20
-
-
-def test_same_texts_same_tokenizer():
-    assert Tokenizer.train(STORIES, 340).fingerprint() == TOKENIZER.fingerprint()
-
-
-def test_special_tokens_come_last():
-    assert sorted(TOKENIZER.special_ids) == list(range(340 - 9, 340))
-    assert [TOKENIZER.special(name) for name in SPECIAL_TOKENS] == sorted(TOKENIZER.special_ids)
-    lengths = TOKENIZER.token_bytes()
-    assert lengths.dtype == torch.int64 and lengths[-9:].tolist() == [0] * 9 and (lengths[:-9] > 0).all()
-
-
-def test_file_is_read_alike_by_others(tmp_path):
-    path = TOKENIZER.save(tmp_path / "tokenizer")
-    assert Tokenizer.load(tmp_path / "tokenizer").fingerprint() == TOKENIZER.fingerprint()
-    theirs = tokenizers.Tokenizer.from_file(str(path))
-    assert theirs.get_vocab_size() == TOKENIZER.vocab_size
-    for text in STORIES[:20] + ["I'VE 2024 cats!!\n\n  end  ", "x\r\n\ty", ""]:
-        ids = theirs.encode(text, add_special_tokens=False).ids
-        assert ids == TOKENIZER.encode(text) and theirs.decode(ids) == text
-
-
-def test_file_is_read_alike_by_transformers(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    path = TOKENIZER.save(tmp_path)
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
-    assert theirs(STORIES[3])["input_ids"] == TOKENIZER.encode(STORIES[3])
-    assert theirs("<|bos|>")["input_ids"] == [TOKENIZER.bos]
-
-
-def test_train_tokenizer_saves_reports_and_reuses(folder, base, capsys):
-    first = train_tokenizer(str(folder), 340)
-    assert {p.name for p in (base / "tokenizer").iterdir()} == {
-        "tokenizer.json", "token_bytes.safetensors", "meta.json"}
-    report = json.loads((base / "report" / "01-tokenizer.json").read_text())
-    assert report["results"]["vocab_size"] == 340 == first.vocab_size
-    assert report["results"]["validation_bytes_per_token"] > 1.5
-    assert "reusing" not in capsys.readouterr().out
-    assert train_tokenizer(str(folder), 340).fingerprint() == first.fingerprint()
-    assert "reusing" in capsys.readouterr().out
-    assert train_tokenizer(str(folder), 300).vocab_size == 300        # other settings
-    (base / "tokenizer" / "tokenizer.json").write_text("{")           # damaged
-    assert train_tokenizer(str(folder), 300).vocab_size == 300
-    assert train_tokenizer(str(folder), 60000).vocab_size < 60000     # too little text
-    assert "too small" in capsys.readouterr().out
-
-
-def test_tokenizer_errors(tmp_path):
-    with pytest.raises(UserError, match="python -m nanochat_nb.tokenizer"):
-        Tokenizer.load()
-    with pytest.raises(UserError, match="at least 265"):
-        Tokenizer.train(["x"], 200)
-    with pytest.raises(UserError, match="python -m nanochat_nb.dataset --source pocket"):
-        train_tokenizer("nowhere")
-    for content in ("", "{}", tokenizers.Tokenizer(tokenizers.models.BPE()).to_str()):
-        with pytest.raises(UserError, match="make one with"):
-            Tokenizer(content)
 
 
 # --- documents -------------------------------------------------------------------------------
@@ -216,116 +103,6 @@ def test_prepare_folder(folder, capsys):
     assert "100 documents to learn from in 2 shards, 20 for validation" in capsys.readouterr().out
     with pytest.raises(UserError, match="neither a folder nor one of pocket, climbmix"):
         prepare_dataset("climbmx")
-
-
-# --- the hub, played by a small server -------------------------------------------------------
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    "The few addresses of the hub that a download touches; `spoil` changes what is sent for a path."
-    files, spoil, requests, busy = {}, {}, [], {}
-    commit = "0123456789abcdef0123456789abcdef01234567"
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def do_GET(self):
-        path = self.path.split("?")[0]
-        self.requests.append(path)
-        if "/revision/" in path:
-            return self.send({"id": "x", "sha": self.commit})
-        if "/tree/" in path:
-            return self.send([{"type": "file", "path": name, "size": len(data), "oid": "0" * 40,
-                               "lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data),
-                                       "pointerSize": 130}} for name, data in self.files.items()])
-        name = path.split(f"/resolve/{self.commit}/")[-1]
-        if self.busy.get(name, 0):
-            self.busy[name] -= 1
-            return self.send({"error": "busy"}, 503)
-        data = self.spoil.get(name, self.files.get(name))
-        if data is None:
-            return self.send({"error": "Entry not found"}, 404)
-        self.send(data)
-
-    def send(self, data, status=200):
-        body = data if isinstance(data, bytes) else json.dumps(data).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("ETag", '"' + hashlib.sha256(body).hexdigest() + '"')
-        self.send_header("X-Repo-Commit", self.commit)
-        if status == 404:
-            self.send_header("X-Error-Code", "EntryNotFound")
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    source = write_shards(tmp_path / "hub", [STORIES[i * 10:i * 10 + 10] for i in range(4)])
-    Hub.files = {p.name: p.read_bytes() for p in sorted((source / "text").iterdir())}
-    Hub.spoil, Hub.requests, Hub.busy = {}, [], {}
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr(dataset.time, "sleep", lambda seconds: None)
-    yield Hub
-    server.shutdown()
-    server.server_close()
-
-
-def test_download(hub, base):
-    folder = download_source("climbmix", num_shards=2, num_workers=2)
-    names = [p.name for p in sorted((folder / "text").iterdir())]
-    assert names == ["shard_00000.parquet", "shard_00001.parquet", "shard_00003.parquet"]  # the last: validation
-    assert list(Documents("climbmix")) == STORIES[:20] and list(Documents("climbmix", "val")) == STORIES[30:40]
-    manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["commit"] == hub.commit
-    assert manifest["files"][names[0]]["sha256"] == hashlib.sha256(hub.files[names[0]]).hexdigest()
-    assert not (folder / "download").exists()
-    hub.requests.clear()
-    download_source("climbmix", num_shards=2)
-    assert hub.requests == []                       # all there: no network
-    (folder / "text" / names[1]).unlink()
-    download_source("climbmix", num_shards=3)       # the lost one and a new one
-    assert {r.split("/")[-1] for r in hub.requests if "/resolve/" in r} == {names[1], "shard_00002.parquet"}
-
-
-def test_failed_downloads_are_counted_and_not_kept(hub, base):
-    whole = hub.files["shard_00001.parquet"]
-    hub.files["shard_00002.parquet"] = b"x"
-    hub.spoil["shard_00001.parquet"] = bytes(len(whole))        # right size, wrong content
-    with pytest.raises(UserError, match="2 of the 4 shards to fetch from climbmix are missing; the first "
-                                        "is shard_00001.parquet .*damaged"):
-        download_source("climbmix")
-    there = {p.name for p in (base / "data" / "climbmix").rglob("*.parquet")}
-    assert there == {"shard_00000.parquet", "shard_00003.parquet"}
-    hub.spoil.clear()
-    hub.files["shard_00002.parquet"] = whole
-    download_source("climbmix")
-    assert len(Documents("climbmix")) == 30
-
-
-def test_missing_shard(hub, base):
-    hub.spoil["shard_00001.parquet"] = None
-    with pytest.raises(UserError, match="1 of the 4 shards"):
-        download_source("climbmix")
-    assert sum(request.endswith("shard_00001.parquet") for request in hub.requests) == 1  # not asked again
-
-
-def test_busy_server_is_asked_again(hub, base):
-    hub.busy["shard_00001.parquet"] = 3
-    download_source("climbmix")
-    assert len(Documents("climbmix")) == 30 and hub.busy == {"shard_00001.parquet": 0}
-
-
-def test_unreachable_hub_is_one_line(base, monkeypatch):
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(UserError, match="cannot get karpathy/climbmix.* from http://127.0.0.1:9") as error:
-        download_source("climbmix", num_shards=1)
-    assert "\n" not in str(error.value)
 
 
 # --- batches ---------------------------------------------------------------------------------
