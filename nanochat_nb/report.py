@@ -88,7 +88,7 @@ def describe_machine() -> dict[str, str]:
 def describe_versions() -> dict[str, str]:
     "Versions of Python and the packages that results may depend on; the commit in a checkout."
     versions = {"Python": platform.python_version(), "torch": torch.__version__}
-    for package in ("numpy", "tokenizers", "nanochat_nb"):
+    for package in ("numpy", "rustbpe", "fastokens", "nanochat_nb"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
