@@ -36,11 +36,12 @@ from nanochat_nb.common import (
 )
 
 # %% ../nbs/01_tokenizer.ipynb #what-breaks-merges-that-cross-words
-# GPT-4's published pattern (cl100k_base), but with at most two digits in a piece instead of three
+# GPT-4's published pattern (cl100k_base) with at most two digits in a piece instead of three, and
+# without its possessive quantifiers: they change no cut, and `rustbpe` is 1.3 times as fast so
 SPLIT_PATTERN = (r"'(?i:[sdmt]|ll|ve|re)"         # 's 'll 've …: English contractions
-                 r"|[^\r\n\p{L}\p{N}]?+\p{L}+"    # a word, with the space or sign in front of it
+                 r"|[^\r\n\p{L}\p{N}]?\p{L}+"     # a word, with the space or sign in front of it
                  r"|\p{N}{1,2}"                   # one or two digits
-                 r"| ?[^\s\p{L}\p{N}]++[\r\n]*"   # punctuation, with the line ends behind it
+                 r"| ?[^\s\p{L}\p{N}]+[\r\n]*"    # punctuation, with the line ends behind it
                  r"|\s*[\r\n]|\s+(?!\S)|\s+")     # white space, leaving one space for the next word
 
 # %% ../nbs/01_tokenizer.ipynb #special-tokens-that-text-can-never-forge
@@ -113,22 +114,27 @@ def learn_tokens(
     pattern: str = SPLIT_PATTERN,  # nothing is merged across the pieces into which it cuts
 ) -> list[bytes]:                  # in the order learned; fewer when every piece is one token
     "Byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909); same texts, same tokens."
+    if isinstance(texts, str) or not 256 <= num_tokens < 2**31:
+        raise ValueError(f"expected documents and 256 to 2^31 − 1 tokens, got {type(texts).__name__} "
+                         f"and {num_tokens:,}.")
     trainer = rustbpe.Tokenizer()
     trainer.train_from_iterator(map(_well_formed, texts), num_tokens, pattern=pattern)
     return [bytes(token) for token, _ in trainer.get_mergeable_ranks()]
 
 
 def _well_formed(text: str) -> str:
-    "Python strings may hold half a surrogate pair, which no UTF-8 can spell: write `?` for it."
+    "Python strings may hold half a surrogate pair, which no UTF-8 can spell: U+FFFD for it."
+    if text.isascii():
+        return text
     try:
-        text.isascii() or text.encode()
+        text.encode()
         return text
     except UnicodeEncodeError:
-        return text.encode("utf-8", errors="replace").decode()
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 # %% ../nbs/01_tokenizer.ipynb #Tokenizer
 class Tokenizer:
-    "Byte-level BPE: any text to ids and back without loss; text can never make a special token."
+    "Byte-level BPE: any UTF-8 to ids and back without loss; text never makes a special token."
 
     def __init__(self, json_text: str):  # content of a tokenizer.json in the Hugging Face format
         try:
@@ -144,8 +150,16 @@ class Tokenizer:
             raise UserError(f"this is not a byte-level tokenizer.json ({error!r:.200}); "
                             "make one with `python -m nanochat_nb.tokenizer`.") from None
         ids = range(len(tokens), len(tokens) + len(SPECIAL_TOKENS))
-        if added != dict(zip(SPECIAL_TOKENS, ids)) or sorted(vocab.values()) != [*range(ids[0])]:
-            raise UserError("this tokenizer.json does not end with our 9 special tokens; "
+        faults = [fault for fault, found in {
+            "ids with gaps": sorted(vocab.values()) != [*range(len(tokens))],
+            "bytes without a token": not {bytes([b]) for b in range(256)} <= {*tokens},
+            "other special tokens than ours at the end": added != dict(zip(SPECIAL_TOKENS, ids)),
+            "steps that change or cut text": any(map(content.get, (
+                "normalizer", "truncation", "padding", "post_processor")))
+            or '"add_prefix_space": true' in json.dumps(content["pre_tokenizer"]),
+        }.items() if found]
+        if faults:
+            raise UserError(f"this tokenizer.json has {' and '.join(faults)}; "
                             "make one with `python -m nanochat_nb.tokenizer`.")
         self.json = json_text
         self.vocab_size = len(tokens) + len(SPECIAL_TOKENS)
@@ -165,9 +179,9 @@ class Tokenizer:
         Raises UserError if `vocab_size` has no room for the bytes and the special tokens.
         """
         smallest = 256 + len(SPECIAL_TOKENS)
-        if vocab_size < smallest:
-            raise UserError(f"vocab_size={vocab_size} is too small: 256 bytes and "
-                            f"{len(SPECIAL_TOKENS)} special tokens need at least {smallest}.")
+        if not smallest <= vocab_size < 2**31:  # ids are stored as int32
+            raise UserError(f"vocab_size={vocab_size:,} must be below 2^31 and at least {smallest}: "
+                            f"256 bytes and {len(SPECIAL_TOKENS)} special tokens.")
         return cls(tokenizer_json(learn_tokens(texts, vocab_size - len(SPECIAL_TOKENS))))
 
     @classmethod
@@ -177,7 +191,7 @@ class Tokenizer:
         if not path.is_file():
             raise UserError(f"there is no tokenizer at {path}; make it with "
                             "`python -m nanochat_nb.tokenizer`.")
-        return cls(path.read_text(encoding="utf-8"))
+        return cls(path.read_bytes().decode("utf-8-sig", errors="replace"))  # with or without BOM
 
     def save(self, directory: str | Path | None = None) -> Path:
         "Write `tokenizer.json` and `token_bytes.safetensors`, each whole or not at all."
@@ -210,7 +224,7 @@ class Tokenizer:
 
     def id_to_bytes(self, id: int) -> bytes:
         "The bytes that a token stands for; empty for special tokens."
-        return b"" if id in self.special_ids else self._show(id)
+        return b"" if int(id) in self.special_ids else self._show(id)
 
     def token_bytes(self) -> Tensor:  # (V,) int64
         "How many bytes of text each token stands for; 0 for special tokens."
@@ -248,10 +262,11 @@ def resolve_data_dir(
     data_dir: str | Path,  # a folder, or the name of a source under `data/` in the base directory
 ) -> Path:                 # the folder
     "Find a data folder by path or by name."
-    sources = base_dir() / "data"
-    for path in (sources / data_dir, Path(data_dir).expanduser()):
-        if path.is_dir():
-            return path
+    sources, name = base_dir() / "data", str(data_dir)
+    if name == Path(name).name not in ("", "..") and (sources / name).is_dir():
+        return sources / name
+    if name and Path(name).expanduser().is_dir():
+        return Path(name).expanduser()
     raise UserError(f"there is no data folder {str(data_dir)!r}, neither as a path nor under "
                     f"{sources}; make the built-in one with "
                     "`python -m nanochat_nb.dataset --source pocket`.")
@@ -376,6 +391,8 @@ def train_tokenizer(
         print0(f"note: the text is too small for {vocab_size:,} tokens; with the "
                f"{tokenizer.vocab_size:,} of this vocabulary every piece of it is one token")
     validation = list(iter_texts(shards[-1:], 2_000_000, doc_cap))
+    if not any(validation):
+        raise UserError(f"the validation shard {shards[-1]} holds no text.")
     results = {"vocab_size": tokenizer.vocab_size, "documents": documents, "characters": characters,
                "train_seconds": round(seconds, 2),
                "validation_bytes_per_token": round(bytes_per_token(tokenizer, validation), 4)}
@@ -403,9 +420,11 @@ def _trained_before(folder: Path, asked: dict) -> Tokenizer | None:
         tokenizer = Tokenizer.load(folder)
     except (OSError, ValueError):  # missing or damaged: train again
         return None
-    same = all(meta.get(key) == value for key, value in asked.items())
-    whole = meta.get("fingerprint") == tokenizer.fingerprint()
-    return tokenizer if same and whole and (folder / "token_bytes.safetensors").exists() else None
+    same = isinstance(meta, dict) and all(meta.get(k) == value for k, value in asked.items())
+    if not same or meta.get("fingerprint") != tokenizer.fingerprint():
+        return None
+    tokenizer.save(folder)  # mends token_bytes.safetensors, should it be damaged
+    return tokenizer
 
 # %% ../nbs/01_tokenizer.ipynb #command-line
 if __name__ == "__main__" and "__file__" in globals():

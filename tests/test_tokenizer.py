@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from nanochat_nb.common import UserError
 from nanochat_nb.tokenizer import (
     SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, Utf8Stream, bytes_per_token, halves, learn_tokens,
-    tokenizer_json, train_tokenizer)
+    resolve_data_dir, tokenizer_json, train_tokenizer)
 
 settings.register_profile("quick", max_examples=50, deadline=None)
 settings.load_profile("quick")
@@ -104,10 +104,12 @@ def test_one_megabyte_of_one_thing(unit):
     assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
 
 
-def test_half_surrogate_becomes_question_mark():
-    assert TOKENIZER.decode(TOKENIZER.encode("a\ud800b")) == "a?b"
-    assert TOKENIZER.encode_batch(["a\ud800b"]) == [TOKENIZER.encode("a?b")]
-    assert Tokenizer.train([*STORIES, "\udfff"], 300).decode([97]) == "a"
+@pytest.mark.parametrize("text, kept", [("a\ud800b", "a\ufffdb"), ("\udfff", "\ufffd"), ("x\ud83c", "x\ufffd"),
+                                        ("\ud83c\udf89", "🎉"), ("🎉\ud83c", "🎉\ufffd")])
+def test_surrogates(text, kept):
+    assert TOKENIZER.decode(TOKENIZER.encode(text)) == kept
+    assert TOKENIZER.encode_batch([text]) == [TOKENIZER.encode(kept)]
+    assert Tokenizer.train([*STORIES, text], 300).decode([97]) == "a"
 
 
 def test_ids_outside_the_vocabulary_are_errors():
@@ -122,6 +124,15 @@ def test_ids_outside_the_vocabulary_are_errors():
 @given(tricky)
 def test_ids_are_those_of_tokenizers(text):
     assert TOKENIZER.encode(text) == THEIRS.encode(text).ids
+
+
+@settings(max_examples=300)
+@given(tricky)
+def test_the_pattern_cuts_as_gpt_4s_first_did_but_for_digits(text):
+    published = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+                 r"|\s*[\r\n]|\s+(?!\S)|\s+")
+    assert regex.findall(SPLIT_PATTERN, text) == regex.findall(published.replace("{1,3}", "{1,2}"), text)
+    assert "".join(regex.findall(SPLIT_PATTERN, text)) == text
 
 
 def test_ids_are_those_of_tokenizers_for_all_of_unicode():
@@ -194,6 +205,9 @@ def test_special_tokens_cannot_be_learned():
     for name in SPECIAL_TOKENS:
         assert tokenizer.special(name) not in tokenizer.encode(name)
         assert tokenizer.decode([tokenizer.special(name)]) == name
+        assert tokenizer.id_to_bytes(torch.tensor(tokenizer.special(name))) == b""
+    ordinary = {tokenizer.id_to_bytes(i) for i in range(tokenizer.vocab_size - 9)}
+    assert not {name.encode() for name in SPECIAL_TOKENS} & ordinary
 
 
 def test_special_tokens_come_last_and_have_no_bytes():
@@ -266,6 +280,11 @@ def test_train_tokenizer_saves_reports_and_reuses(folder, base, capsys):
     assert train_tokenizer(str(folder), 300).vocab_size == 300        # other settings
     (base / "tokenizer" / "tokenizer.json").write_text("{")           # damaged
     assert train_tokenizer(str(folder), 300).vocab_size == 300
+    (base / "tokenizer" / "token_bytes.safetensors").write_bytes(b"")
+    assert train_tokenizer(str(folder), 300).vocab_size == 300        # mended
+    assert (base / "tokenizer" / "token_bytes.safetensors").stat().st_size > 300
+    (base / "tokenizer" / "meta.json").write_text("[]")
+    assert train_tokenizer(str(folder), 300).vocab_size == 300
     assert train_tokenizer(str(folder), 60000).vocab_size < 60000     # too little text
     assert "too small" in capsys.readouterr().out
 
@@ -296,12 +315,49 @@ def test_bad_files_and_settings_are_one_line():
         train_tokenizer("nowhere")
     good = json.loads(TOKENIZER.json)
     gap = good["model"] | {"vocab": good["model"]["vocab"] | {"Ġzz": 10**6}}
+    vocab = {token: i for i, token in enumerate(t for t in good["model"]["vocab"] if t != "!")}
+    ends = [token | {"id": token["id"] - 1} for token in good["added_tokens"]]
+    prefix = json.dumps(good["pre_tokenizer"]).replace('"add_prefix_space": false', '"add_prefix_space": true')
     for content in ("", "{}", "[]", tokenizers.Tokenizer(tokenizers.models.BPE()).to_str(),
                     json.dumps(good | {"added_tokens": good["added_tokens"][1:]}),
                     json.dumps(good | {"added_tokens": []}), json.dumps(good | {"model": gap}),
+                    json.dumps(good | {"model": good["model"] | {"vocab": vocab}, "added_tokens": ends}),
+                    json.dumps(good | {"normalizer": {"type": "NFC"}}),
+                    json.dumps(good | {"pre_tokenizer": json.loads(prefix)}),
+                    json.dumps(good | {"truncation": {"max_length": 2, "strategy": "LongestFirst", "stride": 0,
+                                                      "direction": "Right"}}),
                     tokenizer_json(learn_tokens(STORIES, 300), special_tokens=("<|bos|>",))):
         with pytest.raises(UserError, match="make one with"):
             Tokenizer(content)
+
+
+def test_files_written_otherwise_are_read(tmp_path):
+    theirs = tokenizers.Tokenizer.from_str(TOKENIZER.json)
+    for content in (theirs.to_str(pretty=True).encode(), b"\xef\xbb\xbf" + TOKENIZER.json.encode(),
+                    TOKENIZER.json.replace("\n", "\r\n").encode()):
+        (tmp_path / "tokenizer.json").write_bytes(content)
+        assert Tokenizer.load(tmp_path).encode(STORIES[2]) == TOKENIZER.encode(STORIES[2])
+    (tmp_path / "tokenizer.json").write_bytes(b"\xff\xfe{")
+    with pytest.raises(UserError, match="make one with"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("texts, size", [("abc", 300), (["abc"], 100), (["abc"], 2**31)])
+def test_learn_tokens_refuses_nonsense(texts, size):
+    with pytest.raises(ValueError, match="expected documents"):
+        learn_tokens(texts, size)
+
+
+def test_names_of_folders(base, folder, monkeypatch):
+    (base / "data" / "stories").mkdir(parents=True)
+    assert resolve_data_dir("stories") == base / "data" / "stories"
+    assert resolve_data_dir(folder) == folder
+    monkeypatch.chdir(folder)
+    assert resolve_data_dir(".") == Path(".") and resolve_data_dir("..") == Path("..")
+    assert resolve_data_dir("text") == Path("text")
+    for name in ("", "nowhere", "text/nowhere"):
+        with pytest.raises(UserError, match="--source pocket"):
+            resolve_data_dir(name)
 
 
 def test_command_line(folder, base):
@@ -310,6 +366,7 @@ def test_command_line(folder, base):
     good = run("--data_dir", str(folder), "--vocab_size", "350", "--max_chars", "20000")
     assert good.returncode == 0 and "350 tokens from 20,000 characters" in good.stdout, good.stderr
     for flags in (["--data_dir", "nowhere"], ["--data_dir", str(folder), "--vocab_size", "1"],
+                  ["--data_dir", str(folder), "--vocab_size", "5000000000"],
                   ["--data_dir", str(folder), "--max_chars", "0"]):
         bad = run(*flags)
         assert bad.returncode != 0 and "Traceback" not in bad.stderr and len(bad.stderr.strip().splitlines()) == 1
@@ -332,7 +389,8 @@ def test_the_playground_of_the_page_in_a_browser():
         tokens.append(tokens[left] + tokens[right])
     expected = Tokenizer(tokenizer_json(tokens))
     rng = random.Random(0)
-    texts = ["", "It's 12345 lighthouses\n\n  <b>bold</b> & <|bos|>", "naïve café 日本 🎉\t!", "don'T  stop\r\n1.5e-3"]
+    texts = ["", "It's 12345 lighthouses\n\n  <b>bold</b> & <|bos|>", "naïve café 日本 🎉\t!", "don'T  stop\r\n1.5e-3", " \ufeffa \x85\u3000b",
+             "MERGES TEXT </textarea>"]
     texts += ["".join(rng.choice(["the ", "ing", "7", "\n", " ", "é", "本", "!?", "'s", "&", "<i>"]) for _ in range(40))
               for _ in range(10)]
     with playwright.sync_playwright() as p:
