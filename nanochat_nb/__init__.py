@@ -4,12 +4,18 @@
          → mid-training → SFT → RL → serving
 
 Every module below is generated from the notebook of the same name (`nbs/NN_name.ipynb`), and
-imports only modules above it.  Bold lessons of the book are marked `*`.
+imports only modules of lessons above it and its own companions.  Bold lessons of the book are
+marked `*`, companions stand below their lesson.
 
     common          device, compute dtype, ranks, seeds, paths, run log, errors
   * tokenizer       byte-level BPE, special tokens, bytes per token
   * dataset         text as shards: the built-in world, a folder, or the hub
-    pocket          the built-in world: text, conversations and tasks made by code
+    pocket          the built-in world: its text, its variety, and a check for leaked test items
+    grammar         sentences with holes; what is held out
+    islands         a table of facts in many phrasings
+    stories         small simulations that can be asked about
+    skills          sums, spelling, everyday things, small functions
+    practice        conversations, tasks and few-shot tests
     dataloader      documents → packed (B, T) batches with an exact, resumable state
   * gpt             GPTConfig, blocks, GPT; parameter and FLOP counts
     attention       one call, several backends; windows; KV cache

@@ -116,6 +116,23 @@ def test_module_of_another_name(checkout):
     assert "default_exp commons" in complaints(house.check_names, checkout)
 
 
+def test_names_of_notebooks(checkout):
+    "A lesson, its companion, and a companion's companion; nothing deeper."
+    def place(name):
+        path = checkout / f"nbs/{name}_common.ipynb"
+        (checkout / "nbs/00_common.ipynb").rename(path)
+        said = complaints(house.check_names, checkout)
+        path.rename(checkout / "nbs/00_common.ipynb")
+        return said
+    assert not any(place(name) for name in ("00a", "00a1", "10"))
+    assert all("wants a name" in place(name) for name in ("0", "00A", "001", "00a1b", "00a12"))
+
+
+def test_reading_order():
+    names = ["02_b", "02a_a", "02a1_c", "02a2_b", "02b_a", "03_a"]
+    assert sorted(reversed(names), key=workshop.reading_order) == names
+
+
 def test_text_with_edits(checkout):
     text = checkout / "nbs/00_common.py"
     text.write_text("# %%\n1 + 1\n", encoding="utf-8")
@@ -164,7 +181,9 @@ def test_error_as_stored_output(checkout):
 
 @pytest.mark.parametrize("importer, others, allowed", [
     ("05", ["00", "03", "03a", "05a", "05b"], True), ("05", ["05", "06", "06a"], False),
-    ("05b", ["05a", "05c", "04", "03a"], True), ("05a", ["05", "05a", "06"], False)])
+    ("05b", ["05a", "05c", "04", "03a"], True), ("05a", ["05", "05a", "06"], False),
+    ("05a", ["05a1", "05b", "05b2", "04a1"], True), ("05a1", ["05", "05a", "05a1", "06"], False),
+    ("05a2", ["05a1", "05b"], True), ("05", ["05a1"], True)])
 def test_who_may_import_whom(importer, others, allowed):
     assert [house.may_import(importer, other) for other in others] == [allowed] * len(others)
 
@@ -215,7 +234,7 @@ def test_link_that_leads_nowhere(checkout, text, complaint):
 
 def test_names_of_cells():
     notebook = nbformat.v4.new_notebook(cells=[
-        nbformat.v4.new_markdown_cell("# 3a · Rotary positions\n\n> One line."),
+        nbformat.v4.new_markdown_cell("# 3a1 · Rotary positions\n\n> One line."),
         code("#| default_exp x"), code("#| export\nimport os"),
         nbformat.v4.new_markdown_cell("## The angles"), code("#| export\nBASE = 1"),
         code("#| export\ndef apply_rotary(): ..."), code("apply_rotary()"), code("1"),

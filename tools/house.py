@@ -31,7 +31,8 @@ def check(root: Path) -> list[str]:
 
 
 def names(root: Path) -> list[str]:
-    return sorted(path.stem for path in (root / "nbs").glob("*.ipynb"))
+    return sorted((path.stem for path in (root / "nbs").glob("*.ipynb")),
+                  key=workshop.reading_order)
 
 
 def read(root: Path, name: str):
@@ -81,11 +82,11 @@ def check_names(root: Path) -> list[str]:
     for name in names(root):
         code = "\n".join(cell.source for cell in read(root, name).cells if cell.cell_type == "code")
         module = re.search(r"^#\|\s*default_exp\s+(\S+)", code, re.MULTILINE)
-        wanted = re.fullmatch(r"\d\d[a-z]?_(\w+)", name)
+        wanted = re.fullmatch(r"\d\d([a-z]\d?)?_([a-z]\w*)", name)
         if not wanted:
-            problems.append(f"nbs/{name}.ipynb: wants a name like 07b_tasks")
-        elif not module or module[1] != wanted[1]:
-            problems.append(f"nbs/{name}.ipynb: wants `#| default_exp {wanted[1]}`")
+            problems.append(f"nbs/{name}.ipynb: wants a name like 07b_tasks or 02a1_grammar")
+        elif not module or module[1] != wanted[2]:
+            problems.append(f"nbs/{name}.ipynb: wants `#| default_exp {wanted[2]}`")
     return problems
 
 
@@ -112,8 +113,8 @@ def check_shape(root: Path) -> list[str]:
     for name in names(root):
         cells = [cell.source for cell in read(root, name).cells if cell.cell_type == "markdown"]
         opening, page = cells[0] if cells else "", "\n".join(cells)
-        parts = [r"\A# \d\w? · ", r"^> ", r"\*\*You will\*\*", r"\*\*You need\*\*", r"\*\*Time\*\*",
-                 r"\*\*Where we are\*\*"]
+        parts = [r"\A# \d([a-z]\d?)? · ", r"^> ", r"\*\*You will\*\*", r"\*\*You need\*\*",
+                 r"\*\*Time\*\*", r"\*\*Where we are\*\*"]
         missing = [part for part in parts if not re.search(part, opening, re.MULTILINE)]
         missing += [part for part in (r"^## Summary", r"^## Exercises", r"^## Further reading")
                     if not re.search(part, page, re.MULTILINE)]
@@ -162,13 +163,14 @@ def imported(source: str) -> set[str]:
 
 
 def may_import(importer: str, other: str) -> bool:
-    """Whether notebook `importer` may import notebook `other`, both given as `07b` or `07`.
+    """Whether notebook `importer` may import notebook `other`, given as `07`, `07b` or `02a1`.
 
-    Lower chapters, and of its own chapter the (other) companions, but never the lesson.
+    Lower chapters, and of its own chapter the companions, but never itself or a page above it:
+    02a may import 02a1 and 02b, and 02a1 neither 02a nor 02.
     """
     if importer[:2] != other[:2]:
         return other[:2] < importer[:2]
-    return bool(other[2:]) and importer != other
+    return not importer.startswith(other)
 
 
 def check_imports(root: Path) -> list[str]:
@@ -184,7 +186,7 @@ def check_imports(root: Path) -> list[str]:
                     problems.append(f"{where}: imports {module}, which no notebook exports")
                 elif not may_import(name.split("_", 1)[0], places[module]):
                     problems.append(f"{where}: may not import {module} ({places[module]}): imports "
-                                    "go only to lower chapters")
+                                    "go only to lower chapters and own companions")
     try:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:

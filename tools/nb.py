@@ -45,7 +45,14 @@ class Refused(Exception):
 
 def notebooks() -> list[str]:
     "Names of all notebooks, in reading order."
-    return sorted({p.stem for p in NBS.glob("*.ipynb")} | {p.stem for p in NBS.glob("*.py")})
+    found = {p.stem for p in NBS.glob("*.ipynb")} | {p.stem for p in NBS.glob("*.py")}
+    return sorted(found, key=reading_order)
+
+
+def reading_order(name: str) -> tuple[str, str]:
+    "A key that puts a page before its companions: 02_dataset, 02a_pocket, 02a1_grammar, 02b_…"
+    place, _, module = name.partition("_")
+    return place, module
 
 
 def newer(path: Path, other: Path) -> bool:
@@ -61,7 +68,7 @@ def sources(nb) -> list[tuple[str, str]]:
 
 def slug(text: str) -> str:
     "Lower-case words joined by dashes, at most 40 characters, without a leading chapter number."
-    words = re.findall(r"[a-z0-9_]+", re.sub(r"^\d+\w? · ", "", text).lower())
+    words = re.findall(r"[a-z0-9_]+", re.sub(r"^\d\w* · ", "", text).lower())
     return "-".join(words)[:40].strip("-") or "cell"
 
 
