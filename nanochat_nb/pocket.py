@@ -28,7 +28,6 @@ from tqdm.auto import tqdm
 
 from .common import UserError, atomic_write, print0, run_cli
 from .grammar import in_words
-from .grammar import multiple_choice as multiple_choice  # older code takes it from here
 from .islands import entry, island_letter, island_questions, island_talk, survey
 from .practice import CONVERSATIONS, TASK_SIZES, task_items, write_core, write_lines
 from .skills import (

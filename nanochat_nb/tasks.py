@@ -455,7 +455,7 @@ _CHOICE = ("question", "choices", "answer")
 _CODE = ("task_id", "prompt", "entry_point", "canonical_solution", "test")
 HUB_FILES = [
     HubFile("chat/smol_smoltalk.jsonl", "HuggingFaceTB/smol-smoltalk", None, "train",
-            ("messages",)),
+            ("messages",), "f73fe857d519ff6ac5af2ea67c4d3834da7b8bcc"),
     HubFile("tasks/gsm8k_train.jsonl", "openai/gsm8k", "main", "train", ("question", "answer")),
     HubFile("tasks/gsm8k_test.jsonl", "openai/gsm8k", "main", "test", ("question", "answer")),
     HubFile("tasks/mmlu_auxiliary_train.jsonl", "cais/mmlu", "all", "auxiliary_train", _CHOICE),
