@@ -17,6 +17,7 @@ marked `*`, companions stand below their lesson.
     skills          sums, spelling, everyday things, small functions
     practice        conversations, tasks and few-shot tests
     dataloader      documents → packed (B, T) batches with an exact, resumable state
+    download        shards from the hub: resumed, retried, checked, atomic
   * gpt             GPTConfig, blocks, GPT; parameter and FLOP counts
     attention       one call, several backends; windows; KV cache
   * optimizer       AdamW and Muon, the same step on 1 or N ranks; schedules

@@ -1,23 +1,24 @@
-"Tokenizer, text and batches: what a notebook shows once is held here on many inputs."
-import json
+"Documents from shards: what a notebook shows once is held here on many inputs."
+import random
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
+from conftest import run_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanochat_nb import dataset
 from nanochat_nb.common import UserError
-from nanochat_nb.dataloader import (
-    ConversationLoader, PackedLoader, pack, pack_pieces, split_document, validation_batches)
-from nanochat_nb.dataset import Documents, prepare_dataset
-from nanochat_nb.tokenizer import Tokenizer
-
-settings.register_profile("quick", max_examples=50, deadline=None)
-settings.load_profile("quick")
+from nanochat_nb.dataset import (
+    Documents,
+    find_text,
+    near_copies,
+    prepare_dataset,
+    share_of_rank,
+    text_statistics,
+)
 
 WORDS = "the cat sat on a mat while 12 dogs and 345 birds watched, didn't they? naïve café — 日本 🎉".split()
 WORDS += [a + b + c for a in ("ka", "lo", "mi", "tre") for b in ("na", "sto", "rel")
@@ -30,10 +31,10 @@ def story(i: int) -> str:
 
 
 STORIES = [story(i) for i in range(150)]
-TOKENIZER = Tokenizer.train(STORIES, 340)
 
 
-def write_shards(folder: Path, shards: list[list], column: str = "text", row_group_size: int = 7) -> Path:
+def write_shards(folder: Path, shards: list[list], column: str = "text",
+                 row_group_size: int = 7) -> Path:
     (folder / "text").mkdir(parents=True, exist_ok=True)
     for i, texts in enumerate(shards):
         pq.write_table(pa.table({column: pa.array(texts, pa.string())}),
@@ -98,6 +99,20 @@ def test_column_of_another_type(tmp_path):
         Documents(tmp_path)
 
 
+def test_row_groups_too_large_to_be_read_whole_are_named(tmp_path, monkeypatch):
+    folder, path = write_shards(tmp_path, [["a"], ["b"]]), tmp_path / "text" / "shard_00000.parquet"
+    monkeypatch.setattr(dataset, "MAX_ROW_GROUP_BYTES", 10_000)
+    rows = {"text": ["some text"] * 9 + ["x" * 20_000],
+            "other": [str(i) * 9_000 for i in range(10)]}     # another column may be as large as it is
+    pq.write_table(pa.table(rows), path, row_group_size=9)
+    with pytest.raises(UserError, match="row group 1 of .*shard_00000.parquet holds 0.0 GB of text "
+                                        "and is read whole.*row_group_size=1000"):
+        Documents(folder)
+    rows["text"].pop(), rows["other"].pop()
+    pq.write_table(pa.table(rows), path)
+    assert len(Documents(folder)) == 9
+
+
 def test_prepare_folder(folder, capsys):
     assert prepare_dataset(str(folder)) == folder
     assert "100 documents to learn from in 2 shards, 20 for validation" in capsys.readouterr().out
@@ -105,181 +120,93 @@ def test_prepare_folder(folder, capsys):
         prepare_dataset("climbmx")
 
 
-# --- batches ---------------------------------------------------------------------------------
+# --- documents by rank, statistics, search ---------------------------------------------------
 
-@given(st.lists(st.integers(1, 50)), st.integers(50, 80))
-def test_pack_keeps_every_item_once(lengths, capacity):
-    rows = pack(lengths, capacity)
-    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
-    assert all(0 < sum(lengths[i] for i in row) <= capacity for row in rows)
-    assert sum(sum(lengths[i] for i in row) * 2 <= capacity for row in rows) <= 1  # else two rows would be one
-
-
-def test_pack_refuses_what_does_not_fit():
-    assert pack([], 4) == []
-    for lengths in ([5], [0], [1, 9]):
-        with pytest.raises(ValueError, match="do not lie in"):
-            pack(lengths, 4)
-
-
-@given(st.lists(st.integers(1, 99), max_size=100), st.integers(1, 20))
-def test_split_document_loses_nothing(ids, T):
-    pieces = split_document(ids, 0, T)
-    assert all(piece[0] == 0 and 2 <= len(piece) <= T + 1 for piece in pieces)
-    assert [i for piece in pieces for i in piece[1:]] == ids
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=4).filter(any), st.integers(1, 4),
+       st.integers(1, 12))
+def test_every_rank_has_its_share(tmp_path_factory, sizes, row_group_size, world_size):
+    "At any number of ranks, shards and row groups: each document once, or an error at once."
+    shards = [[f"{i} {k}" for k in range(size)] for i, size in enumerate(sizes)]
+    documents = Documents(write_shards(tmp_path_factory.mktemp("d"), [*shards, ["val"]],
+                                       row_group_size=row_group_size))
+    if len(documents) < world_size:
+        for rank in range(world_size):         # all of them: nobody waits for a rank that ended
+            with pytest.raises(UserError, match="cannot be shared out over"):
+                documents.of_rank(rank, world_size)
+        return
+    shares = [list(documents.of_rank(rank, world_size)) for rank in range(world_size)]
+    assert sum(shares, []) == sum(shards, []) and all(shares)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-@given(st.lists(st.integers(1, 150), min_size=1, max_size=60), st.sampled_from([2, 9, 65, 100]))
-def test_pack_pieces_keeps_every_token_and_fills_rows(lengths, capacity):
-    documents = [[(i, k) for k in range(n)] for i, n in enumerate(lengths)]
-    pieces = [piece for ids in documents for piece in split_document(ids, "bos", capacity - 1)]
-    rows = pack_pieces(pieces, capacity, "bos", 1, 2)
-    assert sorted(t for row in rows for piece in row for t in piece[1:]) == sorted(sum(documents, []))
-    room = [capacity - sum(map(len, row)) for row in rows]
-    assert min(room) >= 0 and sum(r >= max(2, capacity // 32) for r in room) <= 1
-    for row, left in zip(rows, room):
-        assert all(piece[0] == "bos" and len(piece) > 1 for piece in row)
-        for piece in row:  # a bos, or padding, follows only where a document ends
-            i, k = piece[-1]
-            assert k == lengths[i] - 1 or (piece is row[-1] and left == 0)
-    assert rows == pack_pieces(pieces, capacity, "bos", 1, 2)
+def test_ranks_that_do_not_exist():
+    for rank, world_size in ((-1, 2), (2, 2), (0, 0)):
+        with pytest.raises(UserError, match="must lie from 0"):
+            share_of_rank(9, rank, world_size)
 
 
-def take(loader, n):
-    return [next(loader) for _ in range(n)]
+def test_a_rank_reads_its_own_row_groups_only(tmp_path, monkeypatch):
+    documents, read = Documents(write_shards(tmp_path, [list("abcdefgh"), ["v"]], row_group_size=1)), []
+    monkeypatch.setattr(dataset, "read_row_group",
+                        lambda file, group, path: read.append(group) or ["x"])
+    list(documents.of_rank(2, 4))
+    assert read == [4, 5]
 
 
-def make(B, T=32, window=16, **kwargs):
-    return PackedLoader(STORIES, TOKENIZER, B, T, window=window, **kwargs)
+def test_a_sample_comes_from_everywhere(tmp_path):
+    texts = [str(i) for i in range(1000)]
+    documents = Documents(write_shards(tmp_path, [texts[:300], texts[300:], ["v"]], row_group_size=64))
+    sample = list(map(int, documents.sample(100)))
+    assert len(sample) == len(set(sample)) == 100 and min(sample) < 50 and max(sample) > 900
+    assert documents.sample(1000) == texts and len(documents.sample(3)) == 10
 
 
-def same(batches, others):
-    return len(batches) == len(others) and all(
-        torch.equal(a, b) for pair in zip(batches, others) for a, b in zip(*pair))
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.text(st.sampled_from("ab\u00e9\u65e5 "), max_size=12), min_size=1, max_size=20),
+       st.text(st.sampled_from("ab\u00e9\u65e5"), min_size=1, max_size=3))
+def test_search_counts_what_python_counts(tmp_path_factory, texts, needle):
+    folder = write_shards(tmp_path_factory.mktemp("d"), [[*texts, None], texts[:2]], row_group_size=3)
+    found, everything = find_text(folder, needle, max_hits=2), texts + texts[:2]
+    assert found["documents"] == sum(needle in text for text in everything)
+    assert found["occurrences"] == sum(text.count(needle) for text in everything)
+    assert found["in_validation"] == sum(needle in text for text in texts[:2])
+    assert len(found["hits"]) == min(found["documents"], 2)
+    for shard, row, excerpt in found["hits"]:
+        assert needle in excerpt
+        assert needle in pq.read_table(folder / "text" / shard)["text"][row].as_py()
 
 
-def test_rows_are_true_to_the_text():
-    loader, seen = make(4, window=1024), []
-    rows = len(loader.rows(0, 0)[0])
-    for inputs, targets in take(loader, rows // 4):
-        assert inputs.shape == targets.shape == (4, 32) and inputs.dtype == targets.dtype == torch.int64
-        assert (inputs[:, 0] == TOKENIZER.bos).all()
-        kept = targets[:, :-1] >= 0
-        assert torch.equal(inputs[:, 1:][kept], targets[:, :-1][kept])
-        seen += targets[targets >= 0].tolist()
-    total = sum(len(ids) for ids in TOKENIZER.encode_batch(STORIES))
-    words = sum(id != TOKENIZER.bos for id in seen)
-    assert 0.95 * total < words <= total  # an epoch less the rows that did not fill a batch
+def test_search_on_the_command_line(tmp_path, base_dir):
+    folder = write_shards(tmp_path, [["the cat", "a dog"], ["the cat sat, the cat ran"]], row_group_size=1)
+    result = run_module("dataset", "--source", folder, "--find", "the cat")
+    assert result.returncode == 0, result.stderr
+    assert "'the cat': 3 times in 2 documents, 1 of them for validation" in result.stdout
+    assert "shard_00001.parquet row 0: … the cat sat, the cat ran …" in result.stdout
+    assert not (base_dir / "report").exists()
+    with pytest.raises(UserError, match="no data folder 'nowhere'"):
+        prepare_dataset("nowhere", find="x")
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_same_rows_at_any_world_size(world_size):
-    B, steps = 12 // world_size, 130  # 130 × 12 rows: over the edge of an epoch
-    whole_loader = make(12)
-    whole = take(whole_loader, steps)
-    assert whole_loader.epoch >= 1
-    ranks = [take(make(B, rank=r, world_size=world_size), steps) for r in range(world_size)]
-    joined = [tuple(map(torch.cat, zip(*parts))) for parts in zip(*ranks)]
-    assert same(joined, whole)
+def test_statistics(tmp_path, capsys):
+    found = text_statistics(["Ärger", "мир", "日本 42!", "", "Ärger", "e\u0301\ud800"])
+    assert found["lengths"] == [0, 3, 3, 5, 5, 6] and found["exact_copies"] == 1
+    assert found["scripts"] == {"latin": 11, "cyrillic": 3, "cjk": 2, "digit": 2, "space": 1,
+                                "combining": 1, "sign": 2}
+    assert text_statistics([])["documents"] == 0
+    prepare_dataset(str(write_shards(tmp_path, [["some words"] * 3, ["v"]], row_group_size=1)))
+    assert "copies of an earlier one: 2 exact, 2 at least half the same" in capsys.readouterr().out
 
 
-def test_resume_is_exact():
-    loader = make(5)
-    batches = []
-    states = []
-    while loader.epoch < 2:
-        states.append(json.loads(json.dumps(loader.state_dict())))
-        batches.append(next(loader))
-    batches += take(loader, 3)
-    for i in range(0, len(states), 9):
-        assert same(take(make(5, state=states[i]), 3), batches[i:i + 3])
-    edge = next(i for i, state in enumerate(states) if state["epoch"] == 1)
-    for i in range(edge - 2, edge + 2):
-        assert same(take(make(5, state=states[i]), 3), batches[i:i + 3])
-
-
-def test_resume_on_another_number_of_ranks():
-    one = make(6)
-    take(one, 7)
-    state, expected = one.state_dict(), take(one, 4)
-    ranks = [take(make(2, rank=r, world_size=3, state=state), 4) for r in range(3)]
-    assert same([tuple(map(torch.cat, zip(*parts))) for parts in zip(*ranks)], expected)
-
-
-def test_epochs_differ_and_batches_do_not_alias():
-    loader = make(4)
-    first, second = take(loader, 2)
-    assert not torch.equal(first[0], second[0])
-    epochs = [np.concatenate([loader.rows(e, w)[0] for w in range(loader.num_windows)]) for e in (0, 1)]
-    assert sorted(map(tuple, epochs[0])) != list(map(tuple, epochs[0])) != list(map(tuple, epochs[1]))
-
-
-def test_small_and_empty_data():
-    inputs, _ = next(PackedLoader(["tiny"], TOKENIZER, 8, 16))
-    assert inputs.shape == (8, 16) and len(set(map(tuple, inputs.tolist()))) == 1
-    with pytest.raises(UserError, match="no documents"):
-        PackedLoader([], TOKENIZER, 1, 8)
-    with pytest.raises(UserError, match="nothing to learn from"):
-        next(PackedLoader(["", ""], TOKENIZER, 1, 8))
-    late = PackedLoader(STORIES[:3], TOKENIZER, 2, 8, state={"epoch": 5, "window": 99, "row": 9999})
-    assert next(late)[0].shape == (2, 8) and late.epoch == 6
-
-
-def test_a_damaged_shard_ends_the_loader_with_its_name(folder):
-    documents = Documents(folder)
-    (folder / "text" / "shard_00001.parquet").write_bytes(b"gone")
-    with pytest.raises(UserError, match="shard_00001"):
-        take(PackedLoader(documents, TOKENIZER, 4, 16, window=10), 500)
-
-
-@pytest.mark.parametrize("max_tokens", [-1, 0, 1000, 10**9])
-def test_validation_is_the_same_set_of_rows(max_tokens):
-    def rows(B, world_size):
-        batches = [list(validation_batches(STORIES, TOKENIZER, B, 32, max_tokens, r, world_size))
-                   for r in range(world_size)]
-        assert len({len(b) for b in batches}) == 1  # ranks stay in step
-        return sorted((tuple(i), tuple(t)) for rank in batches for inputs, targets in rank
-                      for i, t in zip(inputs.tolist(), targets.tolist()) if any(x >= 0 for x in t))
-    expected = rows(1, 1)
-    assert all(rows(B, W) == expected for B, W in ((8, 1), (5, 2), (3, 4)))
-    if max_tokens == 1000:
-        assert len(expected) == 32
-
-
-def render(conversation):
-    n, said = conversation
-    return [TOKENIZER.bos] + [n] * (n + said), [0] * (1 + n) + [1] * said
-
-
-CONVERSATIONS = [(1 + i % 20, i % 9) for i in range(60)]
-
-
-def chats(B, **kwargs):
-    return ConversationLoader(CONVERSATIONS, render, B, 24, bos_pad_id=TOKENIZER.bos, window=25, **kwargs)
-
-
-def test_conversations():
-    loader, learned = chats(4), 0
-    assert 20 < loader.rows_per_epoch < 60
-    for window in range(loader.num_windows):
-        inputs, targets = loader.rows(0, window)
-        assert (inputs[:, 0] == TOKENIZER.bos).all()
-        assert (inputs[:, 1:][targets[:, :-1] >= 0] == targets[:, :-1][targets[:, :-1] >= 0]).all()
-        learned += (targets >= 0).sum()
-    assert learned == sum(min(said, 24 - n) for n, said in CONVERSATIONS)  # cut at T + 1 = 25 tokens
-    ranks = [take(chats(2, rank=r, world_size=2), 30) for r in range(2)]
-    whole = take(loader, 30)
-    assert loader.epoch >= 1
-    assert same([tuple(map(torch.cat, zip(*parts))) for parts in zip(*ranks)], whole)
-    resumed = chats(4)
-    take(resumed, 11)
-    assert same(take(chats(4, state=resumed.state_dict()), 5), whole[11:16])
-
-
-def test_rows_per_epoch_is_exact_for_one_window():
-    loader = ConversationLoader(CONVERSATIONS, render, 1, 24)
-    assert loader.rows_per_epoch == len(loader.rows(0, 0)[0])
-    take(loader, loader.rows_per_epoch)
-    assert loader.row == loader.rows_per_epoch and loader.epoch == 0
-    with pytest.raises(UserError, match="no conversations"):
-        ConversationLoader([], render, 1, 24)
+def test_near_copies_are_found_and_others_are_not():
+    rng = random.Random(0)
+    pages = [[f"w{rng.randrange(5000)}" for _ in range(300)] for _ in range(60)]
+    texts = [" ".join(page) for page in pages]
+    changed = pages[7][:150] + ["another"] + pages[7][151:]             # 13 of 288 windows differ
+    half = pages[9][:150] + pages[10][:150]                             # a third of the union
+    texts += [" ".join(changed), texts[3].upper(), " ".join(half)]
+    found = near_copies(texts)
+    assert [(i, j) for i, j, _ in found] == [(7, 60), (3, 61)]
+    assert found[0][2] == pytest.approx(275 / 301, abs=0.15) and found[1][2] == 1
+    assert near_copies(["short", "texts", "short", ""]) == [(0, 2, 1.0)]
+    assert near_copies(texts, threshold=0.2)[-1][1] == 62
