@@ -360,7 +360,8 @@ def train_tokenizer(
     "Train the tokenizer, save it under `tokenizer/` of the base directory, report its compression."
     if max_chars < 1 or doc_cap < 1:
         raise UserError(f"max_chars={max_chars} and doc_cap={doc_cap} must be positive.")
-    shards = text_shards(data_dir)
+    *shards, held_out = text_shards(data_dir)
+    shards = _enough(shards, max_chars)
     asked = {"vocab_size": vocab_size, "max_chars": max_chars, "doc_cap": doc_cap,
              "data": _data_fingerprint(shards)}
     folder = base_dir() / "tokenizer"
@@ -369,15 +370,15 @@ def train_tokenizer(
                f"{tokenizer.vocab_size:,} tokens")
         return tokenizer
     print0(f"training a vocabulary of {vocab_size:,} tokens on up to {max_chars:,} characters "
-           f"of {len(shards) - 1} shard{'s' if len(shards) > 2 else ''} …")
+           f"of {len(shards)} shard{'s' if len(shards) > 1 else ''} …")
     start, documents, characters = time.time(), 0, 0
 
     def counted():
         nonlocal documents, characters
-        about = min(max_chars, _about_chars(shards[:-1]))
+        about = min(max_chars, sum(map(_about_chars, shards)))
         with tqdm(total=about, unit="char", unit_scale=True, desc="read and split",
                   delay=2) as bar:  # seconds: small texts need no bar
-            for text in iter_texts(shards[:-1], max_chars, doc_cap):
+            for text in iter_texts(shards, max_chars, doc_cap):
                 documents, characters = documents + 1, characters + len(text)
                 bar.update(len(text))
                 yield text
@@ -390,9 +391,9 @@ def train_tokenizer(
     if tokenizer.vocab_size < vocab_size:
         print0(f"note: the text is too small for {vocab_size:,} tokens; with the "
                f"{tokenizer.vocab_size:,} of this vocabulary every piece of it is one token")
-    validation = list(iter_texts(shards[-1:], 2_000_000, doc_cap))
+    validation = list(iter_texts([held_out], 2_000_000, doc_cap))
     if not any(validation):
-        raise UserError(f"the validation shard {shards[-1]} holds no text.")
+        raise UserError(f"the validation shard {held_out} holds no text.")
     results = {"vocab_size": tokenizer.vocab_size, "documents": documents, "characters": characters,
                "train_seconds": round(seconds, 2),
                "validation_bytes_per_token": round(bytes_per_token(tokenizer, validation), 4)}
@@ -407,10 +408,20 @@ def train_tokenizer(
     return tokenizer
 
 
-def _about_chars(shards: list[Path]) -> int:
-    "How much text the shards hold, from their footers: bytes, which English has few more of."
-    metas = [open_shard(path).metadata for path in shards]
-    return sum(meta.row_group(g).total_byte_size for meta in metas for g in range(meta.num_row_groups))
+def _about_chars(shard: Path) -> int:
+    "How much text a shard holds, from its footer: bytes, which English has few more of."
+    meta = open_shard(shard).metadata
+    return sum(meta.row_group(g).total_byte_size for g in range(meta.num_row_groups))
+
+
+def _enough(shards: list[Path], max_chars: int) -> list[Path]:
+    "The first shards that hold about `max_chars`: others may still be on their way."
+    total = 0
+    for n, shard in enumerate(shards, 1):
+        total += _about_chars(shard)
+        if total >= max_chars:
+            return shards[:n]
+    return shards
 
 
 def _trained_before(folder: Path, asked: dict) -> Tokenizer | None:

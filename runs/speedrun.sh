@@ -13,7 +13,7 @@ batch="${BATCH:-32}"       # sequences per GPU and micro-batch; halve it on a ca
 data=climbmix
 
 stage "Text for the tokenizer, then the rest in the background; conversations and tasks"
-python -m nanochat_nb.dataset --source "$data" --num_shards 8
+python -m nanochat_nb.dataset --source "$data" --num_shards 9     # 2 billion characters and some more
 python -m nanochat_nb.dataset --source "$data" --num_shards "${SHARDS:-240}" &
 download=$!
 python -m nanochat_nb.tasks --data_dir "$data"

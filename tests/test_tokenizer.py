@@ -289,6 +289,16 @@ def test_train_tokenizer_saves_reports_and_reuses(folder, base, capsys):
     assert "too small" in capsys.readouterr().out
 
 
+def test_shards_that_come_later_change_nothing(folder, capsys):
+    size = sum(map(len, STORIES[:60]))
+    first = train_tokenizer(str(folder), 340, max_chars=size)
+    (folder / "text" / "shard_00002.parquet").rename(folder / "text" / "shard_00009.parquet")  # validation stays last
+    pq.write_table(pa.table({"text": ["something else entirely"] * 99}), folder / "text" / "shard_00005.parquet")
+    assert train_tokenizer(str(folder), 340, max_chars=size).fingerprint() == first.fingerprint()
+    assert "reusing" in capsys.readouterr().out
+    assert train_tokenizer(str(folder), 340).fingerprint() != first.fingerprint()
+
+
 def test_a_killed_training_leaves_the_old_tokenizer(folder, base):
     first = train_tokenizer(str(folder), 340)
     code = f"""
