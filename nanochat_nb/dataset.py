@@ -219,16 +219,17 @@ def find_text(
 def _find_in_shard(path: Path, needle: str, max_hits: int) -> tuple[int, int, list]:
     file, first, documents, occurrences, hits = open_shard(path), 0, 0, 0, []
     for group in range(file.num_row_groups):
+        _check_size(file.metadata.row_group(group), group, path)
         try:
             column = file.read_row_group(group, columns=["text"]).column("text")
-        except (pa.ArrowException, OSError) as error:
+            counts = pc.fill_null(pc.count_substring(column, needle), 0).to_numpy()
+            rows = np.flatnonzero(counts)
+            hits += [(path.name, first + row, _excerpt(column[row].as_py(), needle))
+                     for row in rows[:max_hits - len(hits)].tolist()]
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             reason = str(error).split("\n")[0]
             raise UserError(f"{path} cannot be read ({reason}); fetch it again.") from None
-        counts = pc.fill_null(pc.count_substring(column, needle), 0).to_numpy()
-        rows = np.flatnonzero(counts)
         documents, occurrences = documents + len(rows), occurrences + int(counts.sum())
-        for row in rows[:max_hits - len(hits)].tolist():
-            hits.append((path.name, first + row, _excerpt(column[row].as_py(), needle)))
         first += len(counts)
     return documents, occurrences, hits
 
@@ -276,7 +277,7 @@ def describe_text(
     return (f"a sample of {len(texts):,} documents:\n"
             f"  characters: median {lengths[len(lengths) // 2]:,}, one in ten above "
             f"{lengths[len(lengths) * 9 // 10]:,}, longest {lengths[-1]:,}\n"
-            f"  made of: {', '.join(kinds)}\n"
+            f"  made of: {', '.join(kinds) or 'nothing'}\n"
             f"  copies of an earlier one: {found['exact_copies']:,} exact, {near:,} at least half "
             "the same")
 
@@ -301,11 +302,12 @@ def prepare_dataset(
         if HUB_SOURCES[source].column == "messages":
             write_conversations(folder)
             return folder
-    elif Path(source).expanduser().is_dir():
-        folder = Path(source).expanduser()
     else:
-        raise UserError(f"source={source!r} is neither a folder nor one of pocket, "
-                        f"{', '.join(HUB_SOURCES)}.")
+        try:
+            folder = resolve_data_dir(source)
+        except UserError:
+            raise UserError(f"source={source!r} is neither a folder nor one of pocket, "
+                            f"{', '.join(HUB_SOURCES)}.") from None
     counts = describe_folder(folder)
     print0(f"{counts['train_documents']:,} documents to learn from in {counts['train_shards']} "
            f"shard{'s' if counts['train_shards'] > 1 else ''}, {counts['val_documents']:,} for "

@@ -17,7 +17,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,7 +63,7 @@ HUB_SOURCES = {
 def _persist(
     action: Callable,                               # what to do until it succeeds
     grown: Callable[[], int] = lambda: 0,           # bytes there so far: growth is no failure
-    attempts: int = 5,                              # failures that brought nothing new
+    attempts: int = 5,                              # failures in a row that brought nothing new
     wait: float = 1.0,                              # seconds after the first; doubles each time
     sleep: Callable[[float], object] = time.sleep,
 ):
@@ -73,7 +73,7 @@ def _persist(
         try:
             return action()
         except Exception as error:  # noqa: BLE001 (see list_hub_shards)
-            failures += grown() <= best
+            failures = 0 if grown() > best else failures + 1
             best = max(best, grown())
             if _is_final(error) or failures >= attempts:
                 raise
@@ -113,10 +113,6 @@ class Shard:
             raise UserError(f"{self.name!r} ({self.origin!r}) is not a shard: expected a name like "
                             "shard_00000.parquet, a size and a SHA-256.")
 
-
-def _shard_name(index: int) -> str:
-    return f"shard_{index:05d}.parquet"
-
 # %% ../nbs/02c_download.ipynb #_endpoint
 def _endpoint() -> str:
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
@@ -144,8 +140,8 @@ def _reason(error: Exception) -> str:
     response = getattr(error, "response", None)
     if response is not None:
         return f"{response.status_code} {response.reason_phrase}"
-    if isinstance(error, json.JSONDecodeError):
-        return "the answer is not JSON; does a login page or a proxy answer in the hub's place?"
+    if isinstance(error, (ValueError, LookupError, TypeError)) and not isinstance(error, UserError):
+        return "this is no hub's answer; does a login page or a proxy answer in its place?"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
@@ -166,8 +162,8 @@ def list_hub_shards(
             files += [e for e in entries if e["type"] == "file" and e["path"].endswith(".parquet")
                       and e["path"].startswith(source.prefix)]
         files.sort(key=lambda entry: entry["path"])
-        shards = [Shard(_shard_name(i), entry["path"], entry["lfs"]["size"], entry["lfs"]["oid"])
-                  for i, entry in enumerate(files)]
+        shards = [Shard(f"shard_{i:05d}.parquet", entry["path"], entry["lfs"]["size"],
+                        entry["lfs"]["oid"]) for i, entry in enumerate(files)]
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001 (network, HTTP and JSON errors share no base class)
@@ -273,8 +269,13 @@ def _promise(source: HubSource, folder: Path, wait: float) -> dict:
     commit, shards = list_hub_shards(source, manifest.get("commit", ""), wait)
     manifest = {"source": folder.name, "repo_id": source.repo_id, "revision": source.revision,
                 "commit": commit, "shards": shards}
+    there = {path.name for path in _shard_path(source, folder, shards[0]).parent.glob("*.parquet")}
+    if strays := sorted(there - {shard.name for shard in shards}):  # the last would be validation
+        raise UserError(f"{folder} has {len(strays):,} files that {source.repo_id} lacks, such as "
+                        f"{strays[-1]}; move them away, or they would count as its text.")
     _drop_damaged(source, folder, shards)  # files from elsewhere; later runs trust their size
-    _write_manifest(folder, manifest)
+    entries = [asdict(shard) for shard in shards]
+    atomic_write(folder / "manifest.json", json.dumps({**manifest, "shards": entries}, indent=1))
     return manifest
 
 
@@ -285,19 +286,17 @@ def _read_manifest(folder: Path, source: HubSource) -> dict:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["revision"] != source.revision:
             return {}
+        manifest["commit"] = str(manifest["commit"])  # must be there: addresses are made of it
         if "shards" in manifest:
             manifest["shards"] = [Shard(**entry) for entry in manifest["shards"]]
         return manifest
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:  # a UserError is a ValueError
-        raise UserError(f"{path} is damaged ({_reason(error)}); delete it and run the same command "
-                        "again: what is whole stays.") from None
-
-
-def _write_manifest(folder: Path, manifest: dict) -> None:
-    shards = [asdict(shard) for shard in manifest["shards"]]
-    atomic_write(folder / "manifest.json", json.dumps({**manifest, "shards": shards}, indent=1))
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({_reason(error)}).") from None
+    except (ValueError, KeyError, TypeError) as error:  # a UserError is a ValueError
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {str(error).rstrip('.')}); "
+                        "delete it and run the same command again: what is whole stays.") from None
 
 # %% ../nbs/02c_download.ipynb #_wanted
 def _wanted(source: HubSource, manifest: dict, num_shards: int) -> list[Shard]:
@@ -395,7 +394,7 @@ def _fetch_all(source: HubSource, commit: str, missing: list[Shard], folder: Pat
             pool.shutdown(cancel_futures=True)
     if failed:
         left = _missing(source, folder, missing)
-        shard, error = next(iter(failed.items()))
+        shard, error = list(failed.items())[-1]  # the last: what ended it for all, if one did
         others = " and others" if len(left) > 1 else ""
         raise UserError(f"{len(left):,} of {len(missing):,} shards could not be fetched: "
                         f"{shard.name} ({_reason(error)}){others}. What came is kept; the same "
@@ -441,18 +440,30 @@ def download_source(
 # %% ../nbs/02c_download.ipynb #conversations
 def write_conversations(folder: Path) -> Path:
     "Turn shards of conversations into `chat/smoltalk.jsonl`, which lesson 7 reads."
-    path, whole = folder / "chat" / "smoltalk.jsonl", 0
+    path = folder / "chat" / "smoltalk.jsonl"
     shards = sorted((folder / "shards").glob("*.parquet"))
     newest = max(shard.stat().st_mtime for shard in shards)
-    if not path.exists() or path.stat().st_mtime < newest:
+    if path.exists() and path.stat().st_mtime >= newest:
+        return path
+    part, whole = path.with_suffix(".part"), 0
+    try:
         path.parent.mkdir(exist_ok=True)
-        with open(path.with_suffix(".part"), "w", encoding="utf-8") as f:
-            for shard in shards:
-                for batch in pq.ParquetFile(shard).iter_batches(columns=["messages"]):
-                    for row in batch.to_pylist():
-                        if row["messages"] and row["messages"][-1]["role"] == "assistant":
-                            f.write(json.dumps(row, ensure_ascii=False) + "\n")
-                            whole += 1
-        os.replace(path.with_suffix(".part"), path)
-        print0(f"{whole:,} conversation{'s' * (whole != 1)} in {path}")
+        with _alone(folder):
+            with open(part, "w", encoding="utf-8") as f:
+                for row in _rows(shards):
+                    if row["messages"] and row["messages"][-1]["role"] == "assistant":
+                        f.write(json.dumps(row, ensure_ascii=False) + "\n")
+                        whole += 1
+            os.replace(part, path)
+    except (OSError, ValueError, LookupError, TypeError) as error:  # the disk, or damaged shards
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise UserError(f"cannot make {path} of the shards ({reason}); --verify fetches damaged "
+                        "ones again.") from None
+    print0(f"{whole:,} conversation{'s' * (whole != 1)} in {path}")
     return path
+
+
+def _rows(shards: list[Path]) -> Iterator[dict]:
+    for shard in shards:
+        for batch in pq.ParquetFile(shard).iter_batches(columns=["messages"]):
+            yield from batch.to_pylist()

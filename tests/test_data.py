@@ -92,6 +92,15 @@ def test_truncated_and_foreign_files_are_named(folder):
         list(Documents(folder))
 
 
+def test_bytes_that_are_not_utf8_are_named(tmp_path):
+    folder = write_shards(tmp_path, [["a"], ["b"]])
+    texts = pa.array([b"caf\xe9 au lait"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": texts}), folder / "text" / "shard_00000.parquet")
+    for read in (lambda: find_text(folder, "lait"), lambda: list(Documents(folder))):
+        with pytest.raises(UserError, match="shard_00000.parquet cannot be read"):
+            read()
+
+
 def test_column_of_another_type(tmp_path):
     write_shards(tmp_path, [["a"], ["b"]])
     pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "text" / "shard_00000.parquet")
@@ -108,6 +117,8 @@ def test_row_groups_too_large_to_be_read_whole_are_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="row group 1 of .*shard_00000.parquet holds 0.0 GB of text "
                                         "and is read whole.*row_group_size=1000"):
         Documents(folder)
+    with pytest.raises(UserError, match="row group 1"):
+        find_text(folder, "some")
     rows["text"].pop(), rows["other"].pop()
     pq.write_table(pa.table(rows), path)
     assert len(Documents(folder)) == 9
@@ -116,8 +127,19 @@ def test_row_groups_too_large_to_be_read_whole_are_named(tmp_path, monkeypatch):
 def test_prepare_folder(folder, capsys):
     assert prepare_dataset(str(folder)) == folder
     assert "100 documents to learn from in 2 shards, 20 for validation" in capsys.readouterr().out
-    with pytest.raises(UserError, match="neither a folder nor one of pocket, climbmix"):
-        prepare_dataset("climbmx")
+    for unknown in ("climbmx", "", str(folder / "text" / "shard_00000.parquet")):
+        with pytest.raises(UserError, match="neither a folder nor one of pocket, climbmix"):
+            prepare_dataset(unknown)
+
+
+def test_a_folder_by_its_name(base):
+    mine = write_shards(base / "data" / "mine", [["a"], ["b"]])
+    assert prepare_dataset("mine") == mine        # the name that --data_dir and --find know
+
+
+def test_empty_documents_are_described(tmp_path):
+    folder = write_shards(tmp_path, [["", None, ""], [""]])
+    assert "longest 0\n  made of: nothing\n" in dataset.describe_text(folder)
 
 
 # --- documents by rank, statistics, search ---------------------------------------------------

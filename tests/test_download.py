@@ -11,17 +11,17 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import run_module
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nanochat_nb import download
-from nanochat_nb.common import UserError
+from nanochat_nb.common import UserError, run_cli
 from nanochat_nb.dataset import Documents, prepare_dataset
 from nanochat_nb.download import HUB_SOURCES, download_source, fetch_shard, list_hub_shards
 
@@ -47,7 +47,7 @@ NAMES = list(FILES)
 
 class Request:
     def __init__(self, name, handler):
-        self.name, self.time, self.path = name, time.monotonic(), handler.path
+        self.name, self.path = name, handler.path
         self.range = handler.headers.get("Range")
         self.authorization = handler.headers.get("Authorization")
         self.sent = 0                          # bytes of the body
@@ -106,6 +106,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.too_patient = True     # no client should have waited for us
 
     def fail(self, fault):
+        if fault == "other json":
+            return self.reply(200, b'{"status": "please log in"}')
         if fault == "html":
             return self.reply(200, b"<html>Log in</html>", {"Content-Type": "text/html"})
         if fault == "cut":
@@ -162,9 +164,14 @@ class Hub(http.server.ThreadingHTTPServer):
 def hub(base_dir, monkeypatch):
     hub = Hub()
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
     yield hub
     hub.close()
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    "Where the hub stalls; elsewhere the usual 10 seconds, so that a busy machine is no fault."
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
 
 
 @pytest.fixture
@@ -239,6 +246,18 @@ def test_shards_of_unknown_origin_are_checked(hub, text):
     assert kept(text) == FILES and not hub.asked(NAMES[0]) and len(hub.asked(NAMES[1])) == 1
 
 
+def test_files_that_the_hub_does_not_have_are_refused(hub, text):
+    folder = download_source("climbmix")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "revision": "an older one"}))
+    del hub.files[NAMES[3]]                    # else the old validation shard would stay the last
+    with pytest.raises(UserError, match=f"has 1 files that karpathy/.* lacks, such as {NAMES[3]}"):
+        download_source("climbmix")
+    (text / NAMES[3]).unlink()
+    download_source("climbmix")
+    assert list(kept(text)) == NAMES[:3]
+
+
 def test_a_moving_branch_stays_where_the_first_download_found_it(hub, base_dir):
     folder = download_source("fineweb_edu", num_shards=1)
     hub.requests.clear()
@@ -274,10 +293,10 @@ def test_a_server_without_ranges_starts_over(hub, text):
     assert kept(text) == FILES
 
 
-def test_a_stall_is_a_cut(hub, text):
+def test_a_stall_is_a_cut(hub, text, impatient):
     hub.faults = {"tree": ["stall"], NAMES[1]: ["stall"]}
     download_source("climbmix", **QUICK)
-    first, second = hub.asked(NAMES[1])
+    first, second = hub.asked(NAMES[1])[:2]
     assert not hub.too_patient and kept(text) == FILES and second.range == f"bytes={first.sent}-"
 
 
@@ -289,12 +308,23 @@ def test_a_fault_that_passes(hub, text, fault):
     assert len(hub.asked(NAMES[1])) == (2 if fault == "429" else 3)
 
 
-def test_the_server_says_how_long_to_wait(hub, text):
-    hub.faults = {"commit": ["429"], NAMES[1]: ["429"]}               # Retry-After: 1
+def test_the_server_says_how_long_to_wait(hub, text, monkeypatch):
+    pauses, pause = [], download._pause
+
+    def recorded(*args):
+        pauses.append(pause(*args))
+        return 0.0
+    monkeypatch.setattr(download, "_pause", recorded)
+    hub.faults = {"commit": ["429"], NAMES[1]: ["503 later"]}         # Retry-After: 1 and 100
     download_source("climbmix", **QUICK)
-    for name in ("commit", NAMES[1]):
-        first, second = hub.asked(name)
-        assert second.time - first.time >= 1
+    assert pauses == [1, 100] and len(hub.asked("commit")) == len(hub.asked(NAMES[1])) == 2
+
+
+def test_patience_is_for_failures_in_a_row(hub, text):
+    "Each break that brought something is a new beginning: 4 × 4 refusals are not too many."
+    hub.faults = {NAMES[1]: (["cut"] + ["503"] * 4) * 4}
+    download_source("climbmix", **QUICK)
+    assert kept(text) == FILES and sum(r.sent for r in hub.asked(NAMES[1])) == len(FILES[NAMES[1]])
 
 
 def test_pauses_grow_and_end(monkeypatch):
@@ -338,6 +368,12 @@ def test_a_hub_that_stays_busy_ends_it_for_all(hub, text):
         download_source("climbmix", num_workers=1, **QUICK)
     assert kept(text) == {NAMES[0]: FILES[NAMES[0]]}
     assert len(hub.asked(NAMES[1])) == 5 and not hub.asked(NAMES[3])
+
+
+def test_the_message_names_what_ended_it(hub, text):
+    hub.faults = {NAMES[0]: ["404"], NAMES[1]: ["503"] * 99}
+    with pytest.raises(UserError, match=f"4 of 4 shards .*{NAMES[1]} .503 Service .* and others"):
+        download_source("climbmix", num_workers=1, **QUICK)
 
 
 def test_endless_and_unannounced_bodies(hub, text):
@@ -396,11 +432,12 @@ def test_a_repository_without_shards(hub):
 @pytest.mark.parametrize("question", ["commit", "tree"])
 @pytest.mark.parametrize("fault, message", [
     ("404", "404 Not Found"), ("401", "401 Unauthorized"), ("503", "503 Service Unavailable"),
-    ("html", "the answer is not JSON; does a login page or a proxy"), ("stall", "timed out"),
+    ("html", "this is no hub's answer; does a login page or a proxy"),
+    ("other json", "this is no hub's answer"), ("stall", "timed out"),
 ])
-def test_no_list_is_one_line(hub, text, question, fault, message):
+def test_no_list_is_one_line(hub, text, impatient, question, fault, message):
     hub.faults = {question: [fault] * (1 if fault == "stall" else 2)}
-    if fault in ("404", "401"):
+    if fault in ("404", "401", "other json"):
         with pytest.raises(UserError, match=f"cannot get karpathy/climbmix.*{message}") as error:
             download_source("climbmix", **QUICK)
         assert "\n" not in str(error.value) and "--source pocket" in str(error.value)
@@ -424,7 +461,7 @@ def test_names_that_lead_out_are_refused(hub, base_dir, name):
 
 @pytest.mark.parametrize("change", [
     {"name": "../shard_00000.parquet"}, {"name": "/shard_00000.parquet"}, {"name": "x/../y.parquet"},
-    {"name": "shard_00000.parquet\n"}, {"name": ".."}, {"origin": "../x.parquet"},
+    {"name": "shard_00000.parquet\n"}, {"name": ".."}, {"more": 1}, {"origin": "../x.parquet"},
     {"origin": "/etc/x.parquet"}, {"sha256": "../../x"}, {"bytes": -1}, {"sha256": None},
 ])
 def test_a_manifest_that_lies_is_refused(hub, text, change):
@@ -439,6 +476,16 @@ def test_a_manifest_that_lies_is_refused(hub, text, change):
     (folder / "manifest.json").unlink()
     download_source("climbmix")
     assert kept(text) == FILES
+
+
+def test_a_manifest_without_a_commit_is_refused(hub, text):
+    path = download_source("climbmix", num_shards=1) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["commit"]
+    for damaged in (manifest, [], {}):
+        path.write_text(json.dumps(damaged))
+        with pytest.raises(UserError, match="manifest.json is damaged .*; delete it"):
+            download_source("climbmix", num_shards=2)
 
 
 def test_nothing_is_written_through_a_link(hub, text, tmp_path):
@@ -472,7 +519,7 @@ def test_the_token_stays_with_the_hub(hub, text, monkeypatch):
 
 # --- real processes --------------------------------------------------------------------------
 
-def test_a_killed_download_goes_on(hub, text):
+def test_a_killed_download_goes_on(hub, text, capsys):
     hub.faults = {name: ["hold"] for name in NAMES}
     process = start("--source", "climbmix", HF_HUB_DOWNLOAD_TIMEOUT="60")
     half = {name: len(data) // 2 for name, data in FILES.items()}
@@ -487,47 +534,68 @@ def test_a_killed_download_goes_on(hub, text):
     assert kept(text) == {}                    # nothing half where a shard should be
     hub.released.set()
     hub.requests.clear()
-    again = run_module("dataset", "--source", "climbmix")
-    assert again.returncode == 0, again.stderr
-    assert "climbmix: 4 of 4 shards, 0.5 MB, verified; 4 of them new" in again.stdout
-    assert "9 documents to learn from in 3 shards, 3 for validation" in again.stdout
+    prepare_dataset("climbmix")
+    said = capsys.readouterr().out
+    assert "climbmix: 4 of 4 shards, 0.5 MB, verified; 4 of them new" in said
+    assert "9 documents to learn from in 3 shards, 3 for validation" in said
     assert {r.name: r.range for r in hub.requests} == {n: f"bytes={half[n]}-" for n in NAMES}
     assert kept(text) == FILES and not (text.parent / "download").exists()
 
 
-def test_two_at_the_same_time(hub, text):
+def test_two_at_the_same_time(hub, text, capsys):
     hub.faults = {name: ["hold"] for name in NAMES}
-    first, second = (start("--source", "climbmix", HF_HUB_DOWNLOAD_TIMEOUT="60") for _ in range(2))
+    first = start("--source", "climbmix", HF_HUB_DOWNLOAD_TIMEOUT="60")
     wait_until(lambda: all(hub.asked(name) for name in NAMES))
-    said = {}
-    for process in (first, second):            # the one that waits says so before the other ends
-        threading.Thread(target=lambda p=process: said.update({p: p.stdout.readline()})).start()
-    wait_until(lambda: any("another process is downloading" in line for line in said.values()))
-    hub.released.set()                         # held connections are cut and resumed
-    for process in (first, second):
-        process.wait(60)
-        assert process.returncode == 0, process.stderr.read()
-        process.stdout.close(), process.stderr.close()
+    said = []
+
+    def says_that_it_waits():
+        said.append(capsys.readouterr().out)
+        return "another process is downloading" in "".join(said)
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(download_source, "climbmix")
+        try:
+            wait_until(says_that_it_waits)
+        finally:
+            hub.released.set()                 # held connections are cut and resumed
+        second.result(60)
+    _, errors = first.communicate(timeout=60)
+    assert first.returncode == 0, errors
     assert kept(text) == FILES
     for name, data in FILES.items():           # each byte was sent once, to one of the two
         assert sum(request.sent for request in hub.asked(name)) == len(data)
 
 
-def test_one_missing_shard_is_one_line_and_an_exit_code(hub, text):
+def command(capsys, *flags):
+    "What the command line prints to stdout and stderr, when it ends in an error."
+    with pytest.raises(SystemExit) as end:
+        run_cli(prepare_dataset, [*flags])
+    said = capsys.readouterr()
+    assert end.value.code == 2 and len(said.err.splitlines()) == 1
+    return said
+
+
+def test_one_missing_shard_is_one_line_and_an_exit_code(hub, text, capsys):
     del hub.files[NAMES[1]]
     hub.extra = {NAMES[1]: FILES[NAMES[1]]}    # listed, but not there
-    result = run_module("dataset", "--source", "climbmix")
-    assert result.returncode != 0 and len(result.stderr.splitlines()) == 1
-    assert f"error: 1 of 4 shards could not be fetched: {NAMES[1]}" in result.stderr
-    assert "verified" not in result.stdout
+    said = command(capsys, "--source", "climbmix")
+    assert f"error: 1 of 4 shards could not be fetched: {NAMES[1]}" in said.err
+    assert "verified" not in said.out
 
 
-def test_offline_is_one_line(hub, text):
+def test_offline_is_one_line(hub, text, capsys, monkeypatch):
+    hub.close()                                # nobody listens at this address any more
+    monkeypatch.setattr(download, "_pause", lambda *args: 0.0)
+    said = command(capsys, "--source", "climbmix", "--num_shards", "2")
+    assert f"error: cannot get karpathy/climbmix-400b-shuffle from {hub.url}" in said.err
+
+
+def test_offline_by_choice_is_one_line(hub, text, capsys, monkeypatch):
     download_source("climbmix", num_shards=1)
-    hub.close()
-    more = run_module("dataset", "--source", "climbmix", env={"HF_HUB_OFFLINE": "1"})
-    assert more.returncode != 0 and len(more.stderr.splitlines()) == 1
-    assert "2 of 2 shards could not be fetched" in more.stderr and "offline" in more.stderr
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    hub.requests.clear()
+    more = command(capsys, "--source", "climbmix")
+    assert "2 of 2 shards could not be fetched" in more.err and "offline" in more.err
+    assert not hub.requests
 
 
 def test_a_file_system_that_takes_no_more(hub, text):
@@ -561,7 +629,7 @@ def test_a_full_disk_is_seen_before_and_during(hub, text, monkeypatch):
 
 def test_an_interrupt_ends_it_soon_and_keeps_the_parts(hub, text):
     "Also those workers that wait for 100 seconds because a server said so."
-    hub.faults = {name: ["hold"] if i < 2 else ["503 later"] for i, name in enumerate(NAMES)}
+    hub.faults = {name: ["hold"] * 99 if i < 2 else ["503 later"] for i, name in enumerate(NAMES)}
     process = start("--source", "climbmix", HF_HUB_DOWNLOAD_TIMEOUT="1")
     wait_until(lambda: len(list(text.parent.glob("download/*.part"))) == 2
                and all(hub.asked(name) for name in NAMES))
@@ -622,3 +690,9 @@ def test_conversations(hub, base_dir, capsys):
     path = download.write_conversations(folder)
     assert len(path.read_text(encoding="utf-8").splitlines()) == 3
     assert "3 conversations" in capsys.readouterr().out
+    for damaged in (b"not parquet", FILES[NAMES[0]]):
+        (folder / "shards" / "shard_00001.parquet").write_bytes(damaged)
+        os.utime(folder / "shards" / "shard_00001.parquet", (3e9, 3e9))
+        with pytest.raises(UserError, match="cannot make .*smoltalk.jsonl .*--verify") as error:
+            download.write_conversations(folder)
+        assert "\n" not in str(error.value) and len(path.read_text().splitlines()) == 3
