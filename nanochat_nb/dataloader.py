@@ -8,6 +8,7 @@ __all__ = ['split_document', 'pack', 'shuffled', 'pack_pieces', 'write_rows', 'R
 
 # %% ../nbs/02b_dataloader.ipynb #imports
 import bisect
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -60,8 +61,10 @@ def pack(
 # %% ../nbs/02b_dataloader.ipynb #shuffled
 def shuffled(n: int, *key: int) -> list[int]:
     "0 … n−1 in an order that depends on `key` alone, with any version of NumPy."
-    # sorting raw 64-bit draws: NumPy promises the bit stream, not what `permutation` makes of it
-    return np.argsort(np.random.PCG64(key).random_raw(n), kind="stable").tolist()
+    # sorting raw 64-bit draws: NumPy promises the bit stream, not what `permutation` makes of it;
+    # with its length, since NumPy pads short keys with zeros: (1, 2) would be (1, 2, 0)
+    bits = np.random.PCG64((*key, len(key)))
+    return np.argsort(bits.random_raw(n), kind="stable").tolist()
 
 
 def pack_pieces(
@@ -70,7 +73,10 @@ def pack_pieces(
     bos: int,
     *key: int,                      # seeds the order of pieces in a row, and of rows
 ) -> list[list[np.ndarray]]:        # rows of pieces
-    "Rows at least 97 % full, but for the last one made: best fit, then cut what is needed."
+    """Best fit, then cut what is needed: rows at least 97 % full, but for the last one made.
+
+    A row of up to 33 places counts as full with one place empty.
+    """
     slack, rows, loose = max(2, capacity // 32), [], []
     turn = shuffled(len(pieces), *key)  # one draw for all: a generator for each row takes longer
     for row in pack(list(map(len, pieces)), capacity):
@@ -80,18 +86,19 @@ def pack_pieces(
             loose += [pieces[i] for i in row]
     loose.sort(key=len)
     while loose:
-        row, room = [], capacity
+        row, head, room = [], [], capacity
         while loose and room >= slack:
             at = bisect.bisect_right(loose, room, key=len)
             piece = loose.pop(at - 1)  # the longest that fits; at 0 the longest of all
-            if not at:
+            if at:
+                row.append(piece)
+                room -= len(piece)
+            else:
                 rest = piece[room - 1:].copy()
                 rest[0] = bos  # over the last token of the head
                 bisect.insort(loose, rest, key=len)
-                piece = piece[:room]
-            row.append(piece)
-            room -= len(piece)
-        rows.append([row[i] for i in shuffled(len(row) - 1, *key, len(rows))] + row[-1:])
+                head, room = [piece[:room]], 0  # fills the row, so that no bos follows it
+        rows.append([row[i] for i in shuffled(len(row), *key, len(rows))] + head)
     return [rows[i] for i in shuffled(len(rows), *key)]
 
 # %% ../nbs/02b_dataloader.ipynb #from-pieces-to-arrays
@@ -113,7 +120,7 @@ def write_rows(
 
 # %% ../nbs/02b_dataloader.ipynb #an-order-that-everybody-agrees-on
 class RowLoader:
-    """Infinite batches from windows of packed rows, with a position that fits in three numbers.
+    """Infinite batches from windows of packed rows, with a position of three numbers.
 
     Rows have one global order, whatever the number of ranks: micro-batch k is global rows
     k·W·B … (k+1)·W·B − 1, of which rank r takes its B. One thread prepares the next window.
@@ -127,20 +134,39 @@ class RowLoader:
                             f"world_size; got {B=}, {T=}, {rank=}, {world_size=}.")
         self.num_windows, self.B, self.T = num_windows, B, T
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
-        state = state or {"epoch": 0, "window": 0, "row": 0}
-        self.epoch, self.window, self.row = (int(state[k]) for k in ("epoch", "window", "row"))
+        if self.device.type == "cuda" and self.device.index is None:
+            # the current device belongs to a thread: in ours it would be GPU 0 on every rank
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        self.epoch, self.window, self.row = (0, 0, 0) if state is None else self._position(state)
         # its worker ends when the loader is dropped, and at exit finishes at most one window
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rows")
-        self._ahead = {}                     # (epoch, window) → the job that makes it, if any
-        self._here, self._rows = None, None  # the window in use: which one, its tensors
+        self._ahead = {}         # (epoch, window) → the job that makes it, if any
+        self._here = None, None  # the window in use and its tensors; one attribute, one assignment
+
+    def _position(self, state: dict) -> tuple[int, int, int]:
+        "Epoch, window and row of a state; UserError if it cannot be of these documents."
+        place = tuple(state.get(name) for name in ("epoch", "window", "row"))
+        if not all(isinstance(number, int) and number >= 0 for number in place):
+            raise UserError(f"the state of a loader has whole numbers from 0 on as epoch, window "
+                            f"and row; got {state}. Take it from `state_dict()`.")
+        count = state.get("num_windows", self.num_windows)  # older states do not tell
+        if count != self.num_windows or place[1] >= count:
+            raise UserError(f"the state {state} does not belong to these documents, which make "
+                            f"{self.num_windows:,} windows: resume with the documents and the "
+                            f"`window` of the run that saved it, or start without a state.")
+        return place
 
     def rows(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:
         "Inputs and targets (R, T) of one window; a function of its arguments and nothing else."
         raise NotImplementedError
 
     def state_dict(self) -> dict:
-        "The position of the next global row: enough to go on exactly, on any number of ranks."
-        return {"epoch": self.epoch, "window": self.window, "row": self.row}
+        """The position of the next global row: enough to go on exactly, on any number of ranks.
+
+        Given the same documents, tokenizer, seed, T and window; the number of windows is a check.
+        """
+        return {"epoch": self.epoch, "window": self.window, "row": self.row,
+                "num_windows": self.num_windows}
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self
@@ -176,16 +202,15 @@ class RowLoader:
 
     def _window(self, epoch: int, window: int) -> list[Tensor]:
         "A window's rows; then the thread goes on with the one after it."
-        here = epoch, window
-        if here != self._here:
+        place = epoch, window
+        if place != self._here[0]:
             # no name for the job: one that fails is forgotten, so that who asks again tries again,
             # and its error's traceback holds no frame that holds the job, and with it the loader
-            self._rows = (self._ahead.pop(here, None)
-                          or self._thread.submit(self._make, *here)).result()
-            self._here = here
-            ahead = self._after(*here)
+            self._here = place, (self._ahead.pop(place, None)
+                                 or self._thread.submit(self._make, *place)).result()
+            ahead = self._after(*place)
             self._ahead = {ahead: self._thread.submit(self._make, *ahead)}
-        return self._rows
+        return self._here[1]
 
     def _make(self, epoch: int, window: int) -> list[Tensor]:
         rows = [torch.from_numpy(part) for part in self.rows(epoch, window)]
@@ -200,7 +225,23 @@ class RowLoader:
         pinned = self.device.type == "cuda"
         return torch.cat([part.to(self.device, non_blocking=pinned) for part in parts]).long()
 
-# %% ../nbs/02b_dataloader.ipynb #_document_rows
+# %% ../nbs/02b_dataloader.ipynb #_window_size
+def _window_size(documents: Sequence[str], window: int) -> int:
+    "Documents in a window: `window`, or at -1 what holds about 16 million characters, 16 to 1,024."
+    if window != -1:
+        return window
+    counted = min(len(documents), 1024)
+    chars = sum(map(len, itertools.islice(documents, counted)))
+    # a token takes some 22 bytes while its window is made: 16 million characters about 80 MB
+    return max(16, min(1024, counted * 16_000_000 // max(chars, 1)))
+
+
+def _check(seed: int, window: int) -> None:
+    if seed < 0 or window < 1:
+        raise UserError(f"a loader needs a seed from 0 on and at least one document or "
+                        f"conversation in a window; got {seed=}, {window=}.")
+
+
 def _document_rows(texts, tokenizer, T, *key) -> tuple[np.ndarray, np.ndarray]:
     "Packed rows of some documents; `key` seeds their order."
     pieces = [piece for ids in tokenizer.encode_arrays(texts)
@@ -225,10 +266,12 @@ class PackedLoader(RowLoader):
         device: str | torch.device = "cpu",
         state: dict | None = None,          # of `state_dict()`: go on from there
         seed: int = 0,
-        window: int = 1024,                 # documents packed together: more fit no better
+        window: int = -1,                   # documents packed together; -1: up to 1,024, by length
     ):
         if not len(documents):
             raise UserError("there are no documents to learn from.")
+        window = _window_size(documents, window)
+        _check(seed, window)
         super().__init__(math.ceil(len(documents) / window), B, T, rank, world_size, device, state)
         self.documents, self.tokenizer, self.seed, self.size = documents, tokenizer, seed, window
 
@@ -241,7 +284,8 @@ class PackedLoader(RowLoader):
 class _OnePass(RowLoader):
     "The rows of epoch 0 in a fixed order; all later rows have no targets."
 
-    def __init__(self, documents, tokenizer, B, T, rank, world_size, device, window=1024):
+    def __init__(self, documents, tokenizer, B, T, rank, world_size, device):
+        window = _window_size(documents, -1)
         super().__init__(math.ceil(len(documents) / window), B, T, rank, world_size, device)
         self.documents, self.tokenizer, self.size = documents, tokenizer, window
 
@@ -271,16 +315,22 @@ def validation_batches(
     """
     if not len(documents):
         raise UserError("there are no documents to validate on.")
-    left = math.ceil(max_tokens / T) if max_tokens >= 0 else math.inf
+    if max_tokens < -1:
+        raise UserError(f"{max_tokens=} must be at least 0, or -1 for all there are.")
     loader = _OnePass(documents, tokenizer, B, T, rank, world_size, device)
+    return _one_pass(loader, math.ceil(max_tokens / T) if max_tokens >= 0 else math.inf)
+
+
+def _one_pass(loader: _OnePass, num_rows: float) -> Iterator[tuple[Tensor, Tensor]]:
+    "Batches with the first `num_rows` rows of all ranks together."
     if loader.at_end():
         raise UserError("there is nothing to validate on: every document is empty.")
-    while left > 0 and not loader.at_end():
+    while num_rows > 0 and not loader.at_end():
         inputs, targets = next(loader)
-        if left < world_size * B:
-            targets[max(0, left - rank * B):] = -1
+        if num_rows < loader.world_size * loader.B:
+            targets[max(0, num_rows - loader.rank * loader.B):] = -1
         yield inputs, targets
-        left -= world_size * B
+        num_rows -= loader.world_size * loader.B
 
 # %% ../nbs/02b_dataloader.ipynb #conversations
 class ConversationLoader(RowLoader):
@@ -304,6 +354,7 @@ class ConversationLoader(RowLoader):
     ):
         if not len(conversations):
             raise UserError("there are no conversations to learn from.")
+        _check(seed, window)
         super().__init__(math.ceil(len(conversations) / window), B, T, rank, world_size, device,
                          state)
         self.conversations, self.render, self.seed = conversations, render, seed
@@ -325,4 +376,5 @@ class ConversationLoader(RowLoader):
     def rows_per_epoch(self) -> int:
         "Rows of the first epoch: exact up to one window, else extrapolated from the first window."
         counted = min(self.size, len(self.conversations))
-        return round(len(self._window(0, 0)[0]) * len(self.conversations) / counted)
+        first = self.rows(0, 0)[0]  # made here and not taken over: a resumed loader keeps its place
+        return round(len(first) * len(self.conversations) / counted)

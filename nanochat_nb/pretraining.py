@@ -343,7 +343,7 @@ def pretrain(
     done = resume_run("base", tag, settings, model, optimizer) if resume else None
     start = done["step"] if done else 0
     loader = PackedLoader(train, tokenizer, device_batch_size, max_seq_len, *ranks,
-                          device=compute.device, state=done and done["loader"])
+                          device=compute.device, state=done and done["loader"], seed=seed)
     token_bytes = tokenizer.token_bytes()
 
     def evaluate(step: int) -> dict:

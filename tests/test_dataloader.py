@@ -136,8 +136,19 @@ def test_pack_pieces_keeps_every_token_and_fills_rows(lengths, capacity):
 
 
 def test_shuffled_is_the_same_for_ever():
-    assert shuffled(8, 42, 0) == [4, 1, 3, 6, 0, 7, 2, 5]     # resuming an older run depends on it
+    assert shuffled(8, 42, 0) == [3, 5, 6, 2, 7, 4, 1, 0]     # resuming an older run depends on it
     assert shuffled(0, 1) == [] and shuffled(5, 1) != shuffled(5, 2)
+
+
+def test_keys_of_other_length_are_other_keys():
+    keys = [(1,), (1, 0), (1, 0, 0), (1, 2), (1, 2, 0), (1, 2, 0, 0), (1, 2, 0, 0, 0)]
+    assert len({tuple(shuffled(20, *key)) for key in keys}) == len(keys)
+
+
+def test_any_whole_piece_may_end_a_refilled_row():
+    pieces = [piece for ids in numbered([8, 3, 1]) for piece in split_document(ids, 0, 63)]
+    rows = [pack_pieces(pieces, 64, 0, key) for key in range(40)]
+    assert {len(row[-1]) for (row,) in rows} == {9, 4, 2}
 
 
 def test_write_rows_masks():
@@ -194,7 +205,8 @@ def test_two_ranks_stop_and_three_go_on(lengths, T, window, steps):
     for loader in two:
         take(loader, steps)
     states = [json.dumps(loader.state_dict()) for loader in two]
-    assert states[0] == states[1] and set(json.loads(states[0])) == {"epoch", "window", "row"}
+    assert states[0] == states[1]
+    assert set(json.loads(states[0])) == {"epoch", "window", "row", "num_windows"}
     three = [take(PackedLoader(documents, Ids, 2, T, rank, 3, window=window,
                                state=json.loads(states[0])), 3) for rank in range(3)]
     assert same(joined(three), whole[steps:])
@@ -251,9 +263,28 @@ def test_a_state_belongs_to_its_place_not_to_its_reader():
     expected = take(loader, 2)
     assert state == {**state}                                          # not changed by reading on
     assert same(take(make(4, state=state), 2), expected)
-    state = {"epoch": 5, "window": 99, "row": 9999}                    # of more documents
-    beyond = PackedLoader(STORIES[:3], TOKENIZER, 2, 8, state=state)
-    assert next(beyond)[0].shape == (2, 8) and beyond.epoch == 6
+    older = {name: state[name] for name in ("epoch", "window", "row")}
+    assert same(take(make(4, state=older), 2), expected)               # saved before num_windows
+    beyond = make(2, state={"epoch": 5, "window": 3, "row": 9999})     # of a last window with more
+    assert next(beyond)[0].shape == (2, 32) and beyond.epoch == 6
+
+
+@pytest.mark.parametrize("wrong", [
+    {}, {"epoch": 0, "window": 0}, {"epoch": 0, "window": 0, "row": -1},
+    {"epoch": -1, "window": 0, "row": 0}, {"epoch": 0, "window": 0.5, "row": 0},
+    {"epoch": 0, "window": "0", "row": 0}])
+def test_a_damaged_state_is_refused(wrong):
+    with pytest.raises(UserError, match="whole numbers from 0 on as epoch, window and row"):
+        make(4, state=wrong)
+
+
+@pytest.mark.parametrize("others", [
+    {"epoch": 1, "window": 1, "row": 2, "num_windows": 5}, {"epoch": 1, "window": 4, "row": 2}])
+def test_a_state_of_other_documents_is_refused(others):
+    with pytest.raises(UserError, match="does not belong to these documents, which make 4 windows"):
+        make(4, state=others)
+    with pytest.raises(UserError, match="does not belong"):
+        chats(4, state={"epoch": 0, "window": 0, "row": 0, "num_windows": 99})
 
 
 def test_batches_are_never_written_again():
@@ -283,6 +314,40 @@ def test_each_epoch_has_an_order_of_its_own():
 
 def test_seeds_differ():
     assert not same(take(make(4), 1), take(make(4, seed=1), 1))
+
+
+def test_a_window_gets_smaller_for_longer_documents():
+    class Long(str):
+        def __len__(self):
+            return 500_000                                             # a book
+
+    def size(documents, **kwargs):
+        return PackedLoader(documents, TOKENIZER, 1, 8, **kwargs).size
+    assert size(["short"] * 5000) == size(["short"]) == size([""] * 2000) == 1024
+    assert size([Long()] * 3000) == size([Long()] * 40) == 32
+    assert size([Long("x" * 8)] * 3 + ["short"] * 2000) == 1024
+    assert size(["short"] * 1024 + [Long()] * 500) == 1024             # looks no further
+    assert size([Long()] * 3000, window=1024) == 1024
+    long = ["x" * 2_000_000] * 20
+    assert size(long) == 16 and PackedLoader(long, TOKENIZER, 1, 8).num_windows == 2
+
+
+def test_choosing_a_window_reads_the_beginning_only():
+    class Read(list):
+        last = -1
+
+        def __iter__(self):
+            for self.last, text in enumerate(super().__iter__()):
+                yield text
+    documents = Read(STORIES * 100)
+    PackedLoader(documents, TOKENIZER, 1, 8)
+    assert documents.last <= 1024
+
+
+def test_cuda_is_the_device_of_the_thread_that_asks(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert make(4, device="cuda").device == torch.device("cuda", 3)
+    assert make(4, device="cuda:1").device == torch.device("cuda", 1)
 
 
 PROCESS = """
@@ -343,6 +408,14 @@ def test_small_and_empty_data():
 def test_impossible_shapes_are_refused(wrong):
     with pytest.raises(UserError, match="a loader needs"):
         PackedLoader(STORIES, TOKENIZER, **{"B": 1, "T": 8, **wrong})
+
+
+@pytest.mark.parametrize("wrong", [{"window": 0}, {"window": -2}, {"seed": -1}])
+def test_impossible_windows_and_seeds_are_refused(wrong):
+    with pytest.raises(UserError, match="a loader needs a seed"):
+        PackedLoader(STORIES, TOKENIZER, 1, 8, **wrong)
+    with pytest.raises(UserError, match="a loader needs a seed"):
+        ConversationLoader(CONVERSATIONS, render, 1, 8, **wrong)
 
 
 def test_one_enormous_document():
@@ -497,7 +570,7 @@ def test_interrupt_then_go_on_then_exit():
 def test_cuda_batches_come_from_pinned_memory():
     loader = make(4, device="cuda")
     batches = take(loader, 200)
-    assert all(part.is_pinned() for part in loader._rows)
+    assert all(part.is_pinned() for part in loader._here[1])
     assert all(part.device.type == "cuda" for batch in batches for part in batch)
     assert same([tuple(part.cpu() for part in batch) for batch in batches], take(make(4), 200))
 
@@ -528,7 +601,9 @@ def test_validation_on_little_or_nothing():
     assert [len(batches) for batches in ranks] == [1, 1, 1]
     assert [int((batches[0][1] >= 0).any(dim=1).sum()) for batches in ranks] == [1, 0, 0]
     with pytest.raises(UserError, match="no documents to validate on"):
-        next(validation_batches([], TOKENIZER, 2, 8))
+        validation_batches([], TOKENIZER, 2, 8)                        # before a batch is asked for
+    with pytest.raises(UserError, match="max_tokens=-2 must be at least 0, or -1"):
+        validation_batches(STORIES, TOKENIZER, 2, 8, max_tokens=-2)
     with pytest.raises(UserError, match="every document is empty"):
         next(validation_batches(["", ""], TOKENIZER, 2, 8))
 
@@ -566,6 +641,27 @@ def test_conversations():
     resumed = chats(4)
     take(resumed, 11)
     assert same(take(chats(4, state=resumed.state_dict()), 5), whole[11:16])
+
+
+def test_conversations_of_a_row_are_in_no_order():
+    def numbered_render(number):
+        return [0, number], [0, 1]
+    up, neighbours = 0, 0
+    for seed in range(3):
+        loader = ConversationLoader(range(1, 2001), numbered_render, 1, 39, seed=seed)
+        for targets in loader.rows(0, 0)[1]:
+            numbers = targets[targets > 0]
+            up += (np.diff(numbers) > 0).sum()
+            neighbours += len(numbers) - 1
+    assert neighbours > 5000 and 0.4 < up / neighbours < 0.6
+
+
+def test_asking_for_rows_per_epoch_changes_nothing():
+    loader = chats(4)
+    take(loader, 9)
+    state, here, ahead = loader.state_dict(), loader._here, dict(loader._ahead)
+    assert loader.rows_per_epoch == chats(4).rows_per_epoch
+    assert (loader.state_dict(), loader._ahead) == (state, ahead) and loader._here is here
 
 
 def test_rows_per_epoch_is_exact_for_one_window():
