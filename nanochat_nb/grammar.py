@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IRREGULAR', 'ONES', 'TENS', 'GIRLS', 'BOYS', 'BEASTS', 'HE', 'SHE', 'PEOPLE', 'ANIMALS', 'held_out', 'pair_held_out',
-           'cap', 'an', 'plural', 'in_words', 'listing', 'Person', 'tell', 'rows', 'Question', 'question_and_answer',
-           'choose', 'multiple_choice', 'quiz', 'dialogue', 'ask']
+           'cap', 'an', 'plural', 'in_words', 'listing', 'Person', 'tell', 'table_rows', 'Question',
+           'question_and_answer', 'choose', 'multiple_choice', 'quiz', 'dialogue', 'ask']
 
 # %% ../nbs/02a1_grammar.ipynb #imports
 import hashlib
@@ -29,7 +29,8 @@ def pair_held_out(a: str, b: str, one_in: int) -> bool:
 # %% ../nbs/02a1_grammar.ipynb #articles-plurals-numbers
 IRREGULAR = {"leaf": "leaves", "knife": "knives", "shelf": "shelves", "foot": "feet",
              "goose": "geese", "mouse": "mice", "tooth": "teeth", "fish": "fish",
-             "sheep": "sheep", "child": "children", "potato": "potatoes", "wolf": "wolves"}
+             "sheep": "sheep", "child": "children", "potato": "potatoes", "wolf": "wolves",
+             "hero": "heroes", "calf": "calves"}
 ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
         "fifteen sixteen seventeen eighteen nineteen").split()
 TENS = "zero ten twenty thirty forty fifty sixty seventy eighty ninety".split()
@@ -102,7 +103,7 @@ def tell(sentences: list[str]) -> str:
     return " ".join(cap(s) for s in sentences)
 
 
-def rows(table: str) -> list[list[str]]:
+def table_rows(table: str) -> list[list[str]]:
     "A table written as lines with bars between the columns."
     return [line.split("|") for line in table.splitlines()]
 
@@ -149,7 +150,7 @@ def dialogue(rng: random.Random, questions: list[Question]) -> str:
 
 def ask(text: str, answer: str, sentence: str, wrong: list[str], rng: random.Random,
         more: list[str]) -> Question:
-    "A question; wrong answers are first those that occur in the story, then others of the kind."
+    "A question; its three wrong answers are from the story, if it has so many, else of the kind."
     more = [m for m in dict.fromkeys(more) if m != answer]
     wrong = dict.fromkeys([*(w for w in wrong if w != answer), *rng.sample(more, 4)])
-    return Question(text, answer, cap(sentence), tuple(wrong)[:4])
+    return Question(text, answer, cap(sentence), tuple(wrong)[:3])

@@ -18,12 +18,13 @@ from pathlib import Path
 
 from .common import atomic_write
 from .grammar import (
-    PEOPLE, Question, cap, choose, held_out, listing, multiple_choice, rows, tell)
+    PEOPLE, Question, cap, choose, listing, multiple_choice, table_rows, tell)
 from .islands import ARCHIPELAGO, ATTRIBUTES, facts
 from .skills import (
     OPERATIONS, calculate_pair, consequence, everyday_question, functions, number_pair, spelled,
     spelling_words, word_problem)
-from .stories import CAUSES, chores, errand, gift, helper, search, story, trip
+from .stories import (
+    CAUSES, belongs_to_tests, chores, errand, gift, helper, part_held_out, search, story, trip)
 
 # %% ../nbs/02a5_practice.ipynb #conversations
 IDENTITY = """Who are you?|I am nanochat, a small language model.
@@ -97,8 +98,8 @@ London Paris Rome Europe Africa Asia America Australia Sweden Chile Poland
 
 def talk(*turns: str | list[dict]) -> dict:
     "A conversation: the user speaks first, then they alternate."
-    return {"messages": [{"role": ("user", "assistant")[k % 2], "content": turn} for k,
-                         turn in enumerate(turns)]}
+    return {"messages": [{"role": ("user", "assistant")[k % 2], "content": turn}
+                         for k, turn in enumerate(turns)]}
 
 
 def rephrase(rng: random.Random, question: str) -> str:
@@ -115,7 +116,7 @@ def rephrase(rng: random.Random, question: str) -> str:
 
 def greeting_chat(rng: random.Random) -> dict:
     "Small talk; sometimes the user's name has to be remembered."
-    pick = lambda: list(rng.choice(rows(SMALL_TALK)))
+    pick = lambda: list(rng.choice(table_rows(SMALL_TALK)))
     if rng.random() < 0.3:
         name = rng.choice(PEOPLE).name
         hello = rng.choice((f"Hello, I am {name}.", f"My name is {name}.",
@@ -143,10 +144,10 @@ def identity_chat(rng: random.Random) -> dict:
         template = rng.choice(rng.choice(list(ATTRIBUTES.values())).ask)
         return talk(template.format(i=name), f"I do not know an island called {name}. "
                                              "I only know the sixteen Pocket Islands.")
-    question, answer = rng.choice(rows(IDENTITY))
+    question, answer = rng.choice(table_rows(IDENTITY))
     turns = [rephrase(rng, question), answer]
     if rng.random() < 0.3:
-        turns = [*rng.choice(rows(SMALL_TALK)), *turns]
+        turns = [*rng.choice(table_rows(SMALL_TALK)), *turns]
     return talk(*turns)
 
 # %% ../nbs/02a5_practice.ipynb #world_chat
@@ -183,9 +184,9 @@ def story_chat(rng: random.Random) -> dict:
     if rng.random() < 0.25:
         while True:
             made = rng.choice((gift, search, errand, helper, chores, trip))(rng)
-            if not held_out(made.cast, 20):
+            if belongs_to_tests(made) is False:
                 break
-        hero = " ".join(made.cast.split()[:2 if made.cast.startswith("the ") else 1])
+        hero = " ".join(made.parts[0].split()[:2 if made.parts[0].startswith("the ") else 1])
         return talk(rng.choice(("Tell me a story.", "Tell me a short story.",
                                 "Please tell me a story.",
                                 f"Tell me a story about {hero}.",
@@ -284,7 +285,8 @@ def choice_items(questions: Iterator[tuple[str, Question]], n: int,
     "n multiple-choice items whose right answers are spread evenly over the four positions."
     items = []
     for k, (text, q) in zip(range(n), questions):
-        items.append({"question": text, "choices": choose(q, rng, k % 4), "answer": k % 4})
+        items.append({"question": text, "choices": choose(q, rng, k % 4), "answer": k % 4,
+                      "sentence": q.sentence})  # for the search for leaks
     rng.shuffle(items)
     return items
 
@@ -364,10 +366,10 @@ def core_facts(rng: random.Random) -> list[dict]:
 def core_causes(rng: random.Random) -> list[dict]:
     "What somebody does for a reason; this person never had that reason in the text."
     items = []
-    table = rows(CAUSES)
+    table = table_rows(CAUSES)
     for p in PEOPLE:
         for row in table:
-            if held_out(f"{p.name} {row[1]}", 10):
+            if part_held_out(f"{p.name} {row[1]}"):
                 other = rng.choice([r for r in table if r[1] != row[1]])
                 gold = rng.randrange(2)
                 choices = [row[1] + ".", other[1] + "."]
@@ -404,7 +406,7 @@ def core_stories(rng: random.Random) -> list[dict]:
         q = rng.choice(made.questions)
         if len(q.answer.split()) <= 4:
             items.append({"context": f"{made.text}\nQuestion: {q.text}\nAnswer:",
-                          "continuation": q.answer})
+                          "continuation": q.answer, "sentence": q.sentence})
     return items
 
 
@@ -414,11 +416,11 @@ CORE = (  # label, category, kind, shots, baseline in percent, delimiter, items,
     ("pocket_causes", "commonsense_reasoning", "multiple_choice", 3, 50, "", core_causes,
      "what follows from a cause, two choices"),
     ("pocket_owners", "language_understanding", "schema", 3, 50, "",
-     functools.partial(core_beginnings,
-                       changes_hands=True), "who has the thing now, two beginnings"),
+     functools.partial(core_beginnings, changes_hands=True),
+     "who has the thing now, two beginnings"),
     ("pocket_reasons", "language_understanding", "schema", 3, 50, "",
-     functools.partial(core_beginnings,
-                       changes_hands=False), "whom or what the reason fits, two beginnings"),
+     functools.partial(core_beginnings, changes_hands=False),
+     "whom or what the reason fits, two beginnings"),
     ("pocket_statements", "world_knowledge", "language_modeling", 5, 0, "", core_statements,
      "complete a fact about an island"),
     ("pocket_stories", "reading_comprehension", "language_modeling", 1, 0, "", core_stories,
@@ -437,11 +439,10 @@ def write_core(folder: Path, rng: random.Random) -> dict[str, int]:
         counts[label] = len(items)
         config += (f"-\n  label: {label}\n  dataset_uri: {category}/{label}.jsonl\n"
                    f"  num_fewshot: [{shots}]\n"
-                   f"  icl_task_type: {kind}\n" + (f"  continuation_delimiter: \"{delimiter}\"\n"
-                                                   if delimiter else ""))
+                   f"  icl_task_type: {kind}\n"
+                   + (f"  continuation_delimiter: \"{delimiter}\"\n" if delimiter else ""))
         table += (f"{label},{category.replace('_', ' ')},{kind.replace('_', ' ')},{shots},"
-                  f"{len(items)},{baseline},,"
-                  f"\"{cap(about)}.\"\n")
+                  f"{len(items)},{baseline},,\"{cap(about)}.\"\n")
         write_lines(folder / "eval_data" / category / f"{label}.jsonl", items)
     atomic_write(folder / "core.yaml", config)
     atomic_write(folder / "eval_meta_data.csv", table)

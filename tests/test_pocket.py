@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,7 +17,7 @@ from conftest import ROOT, run_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat_nb import grammar, pocket, practice, skills, stories
+from nanochat_nb import grammar, islands, pocket, practice, skills, stories
 from nanochat_nb.common import UserError
 
 SEEDS = st.integers(0, 2**32)
@@ -32,7 +33,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def secrets(world) -> list[pocket.Secret]:
-    return list(pocket.secrets(world))
+    return list(pocket.test_secrets(world))
 
 
 # ---------------------------------------------------------------- grammar
@@ -49,10 +50,17 @@ def test_numbers_in_words_are_told_apart(a, b):
 
 def test_articles_and_plurals_of_all_words():
     nouns = {*stories.THINGS, *" ".join(skills.KINDS.values()).split(), *skills.KINDS,
-             *(job for job, _ in grammar.rows(skills.JOBS))}
+             *(job for job, _ in grammar.table_rows(skills.JOBS))}
     assert not [noun for noun in nouns if noun.startswith(UNSURE)]
     named = {noun: grammar.plural(noun) for noun in (*stories.THINGS, *skills.NOUNS)}
     assert [n for n, p in named.items() if n == p] == []
+    by_hand = """leaf leaves/knife knives/shelf shelves/calf calves/wolf wolves/roof roofs/cliff cliffs
+        dwarf dwarfs/hero heroes/potato potatoes/piano pianos/kangaroo kangaroos/foot feet/goose geese
+        mouse mice/tooth teeth/child children/fish fish/sheep sheep/story stories/valley valleys
+        monkey monkeys/butterfly butterflies/match matches/path paths/class classes/box boxes"""
+    for pair in by_hand.replace("\n", "/").split("/"):
+        assert grammar.plural(pair.split()[0]) == pair.split()[1]
+    assert not {grammar.plural(n) for n in skills.MASS_NOUNS} & set(sum(skills.spelling_words(), ()))
     assert not [p for p in named.values() if re.search(r"[^aeiou]ys$|(s|x|z|ch|sh)s$|(.)ss$", p)]
 
 
@@ -154,11 +162,12 @@ def test_other_seeds_are_clean(tmp_path, seed):
 def test_no_generator_gives_an_item_away(seed, tree):
     rng = random.Random(seed)
     made = [make(rng) for make, _ in pocket.DOCUMENTS.values() for _ in range(8)]
-    made += [" | ".join(pocket.strings(make(rng))) for make, _ in practice.CONVERSATIONS.values()
+    made += [" | ".join(pocket.text_in(make(rng))) for make, _ in practice.CONVERSATIONS.values()
              for _ in range(8)]
     phrases, forms = tree
     for text in made:
-        hits = pocket.phrases_in(pocket.normal(text), phrases)
+        again = pocket.CHOICES.sub("", text)
+        hits = pocket.phrases_in(pocket.normal(f"{text} | {again}"), phrases)
         assert not [secret for form, secret in forms if form <= hits], text
 
 
@@ -173,9 +182,55 @@ def test_who_deals_with_whom_is_held_out_in_either_order(seed):
             if len(set(names)) == 2:
                 pair = list(dict.fromkeys(names))
                 assert grammar.pair_held_out(*pair[::-1], 10) == test
-        a, b = re.search(r"((?:the )?\w+) gave the \w+ to ((?:the )?\w+) because",
-                         stories.gift(rng).text.replace("The", "the")).groups()
-        assert not grammar.pair_held_out(b, a, 10)
+    someone = r"((?:the )?\w+)"
+    for plot, rule in ((stories.gift, f"{someone} gave the \\w+ to {someone} because"),
+                       (stories.gift, f"{someone} handed the \\w+ to {someone}[.]"),
+                       (stories.search, f"{someone} could not find .* asked {someone} for help"),
+                       (stories.helper, f"{someone} had a problem.* asked {someone}, but"),
+                       (stories.helper, f"{someone} had a problem.* asked {someone}[.]"),
+                       (stories.compare, f"{someone} is \\w+ than {someone}[.]")):
+        told = [plot(rng).text.replace("The", "the") for _ in range(40)]
+        dealt = [pair for text in told for pair in re.findall(rule, text)]
+        assert dealt and not [pair for pair in dealt if grammar.pair_held_out(*pair, 10)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(SEEDS)
+def test_parts_and_answers_are_on_one_side(seed):
+    "A test story shares no part, and no question with its answer, with a training story."
+    rng = random.Random(seed)
+    train, test = ([stories.story(rng, part) for _ in range(25)] for part in (False, True))
+    for name, of in (("parts", lambda s: s.parts),
+                     ("answers", lambda s: [(q.text, q.answer) for q in s.questions])):
+        both = {x for s in train for x in of(s)} & {x for s in test for x in of(s)}
+        assert not both, name
+
+
+def test_identical_stories_are_on_one_side(monkeypatch):
+    "In a world of one ball and two people, where stories come again and again."
+    monkeypatch.setattr(stories, "people", lambda rng, n: rng.sample(grammar.PEOPLE[:2], n))
+    monkeypatch.setattr(stories, "THINGS", ["ball"])
+    monkeypatch.setattr(stories, "OPENINGS", ("",))
+    sides = {}
+    for seed in range(20_000):
+        made = stories.moves(random.Random(seed))
+        sides.setdefault(made.text, set()).add(stories.belongs_to_tests(made))
+    assert len(sides) < 19_900 and {len(side) for side in sides.values()} == {1}
+
+
+def test_wrong_answers_are_those_of_the_story():
+    rng = random.Random(0)
+    for plot, n in ((stories.likes, 2), (stories.compare, 2), (stories.chores, 3)):
+        made = plot(rng)
+        for q in (q for q in made.questions if "hat" not in q.text):
+            assert sum(w.removeprefix("she ").removeprefix("he ").lower() in made.text.lower()
+                       for w in q.wrong) >= n
+
+
+def test_no_story_for_the_tests(monkeypatch):
+    monkeypatch.setattr(stories, "held_out", lambda key, one_in: False)
+    with pytest.raises(ValueError, match="no story with test=True"):
+        stories.story(random.Random(0), test=True)
 
 
 @pytest.fixture(scope="module")
@@ -209,13 +264,16 @@ def test_planted_leak_is_found(world, secrets, tmp_path, kind, where):
     "Each kind of item, in each of its forms, shouted, in another order, in another frame."
     items = [s for s in secrets if s.kind == kind]
     secret = random.Random(0).choice(items)
-    texts = [f"SOMEBODY SAID: {'. And '.join(reversed(form)).upper()}!" for form in secret.forms]
+    said = lambda form: f"SOMEBODY SAID: {'. And '.join(reversed(form)).upper()}!"
+    texts = [said(form) for form in secret.forms]
     folder = plant(world, tmp_path / "w", "\n\n".join(texts[:1]), where)
     found = {(leak.kind, leak.item) for leak in pocket.find_leaks(folder)[1]}
     assert (kind, secret.item) in found
     for text in texts:  # the other forms, without reading the world again
-        numbers = {pocket.normal(p): k for form in secret.forms for k, p in enumerate(form)}
-        assert pocket.phrases_in(pocket.normal(text), pocket.phrase_tree(numbers))
+        (form,) = (f for f in secret.forms if text == said(f))
+        numbers = {pocket.normal(p): k for k, p in enumerate(form)}
+        hits = pocket.phrases_in(pocket.normal(text), pocket.phrase_tree(numbers))
+        assert len(hits) == len(form)
 
 
 def test_test_word_among_the_words_to_practise(world, tmp_path):
@@ -241,10 +299,23 @@ def beginnings(start: str) -> dict:
     return {"context_options": [f"{start} Al", f"{start} Bo"], "continuation": "?", "gold": 1}
 
 
+def reading(text: str, answer: str, sentence: str) -> dict:
+    return {"question": text, "choices": ["?", answer], "answer": 1, "sentence": sentence}
+
+
+def answered(text: str, question: str, answer: str) -> dict:
+    return {"context": f"{text}\nQuestion: {question}\nAnswer:", "continuation": answer,
+            "sentence": f"{answer}."}
+
+
 REWORDED = [  # a test item as its file has it, and how a text might give it away
     ("tasks/pocket_facts", {"question": "What is its capital?"}, "WHAT IS its capital"),
-    ("tasks/pocket_reading", {"question": "Once, Al ate. So Bo left.\nWho ate?"},
+    ("tasks/pocket_reading", reading("Once, Al ate. So Bo left.\nWho ate?", "Al", "Al ate."),
      "He said: So Bo left! Then it rained. \"Al ate.\""),
+    ("tasks/pocket_reading", reading("Al ate. Bo left.\nWho ate?", "Al", "It was Al who ate."),
+     "Al and Cy were hungry.\n\n\"Who ate?\" asked Di.\n\"It was Al who ate,\" said Ed."),
+    ("tasks/pocket_reading", reading("Al ate. Bo left.\nWho ate?", "Al", "It was Al who ate."),
+     "Al and Cy were hungry.\nQuestion: Who ate?\nAnswer: Al"),
     ("tasks/pocket_sums", {"question": "?", "answer": "In all 12 + 7 = <<12+7=19>>19 eggs."},
      "What is 7 plus 12? It is 19."),
     ("tasks/pocket_sums", {"question": "?", "answer": "<<12+7=19>>19\n<<19-5=14>>14"},
@@ -262,10 +333,22 @@ REWORDED = [  # a test item as its file has it, and how a text might give it awa
     ("core/pocket_owners", beginnings("Al got the hat from Bo. Now"), "Bo handed the hat to Al."),
     ("core/pocket_reasons", beginnings("Al is older than Bo, so"),
      "Al is older than Bo, so Bo was born later."),
+    ("core/pocket_reasons", beginnings("Al was faster than Bo, so"), "Al is faster than Bo."),
+    ("core/pocket_reasons", beginnings("Al asked Bo for help because"),
+     "Al could not find her hat. She was sad and asked Bo for help."),
+    ("core/pocket_reasons", beginnings("Al asked Bo for help because"),
+     "Al had a problem: the door was locked. He asked Bo, but Bo had no time."),
+    ("core/pocket_reasons", beginnings("Al asked Bo for help because"),
+     "Al had a problem: it was late. He asked Cy, but Cy had no time. Then he asked Bo. Bo came."),
+    ("core/pocket_reasons", beginnings("Al taught Bo to swim because"), "Al taught Bo to swim."),
+    ("core/pocket_reasons", beginnings("The hat did not fit into the cup because the"),
+     "So the hat did not fit into the cup."),
     ("core/pocket_statements", {"context": "People on Arvo make", "continuation": "pots"},
      "They say: people on Arvo make pots, and good ones."),
-    ("core/pocket_stories", {"context": "Al ran because it rained. Bo slept.\nQuestion: Who ran?"},
+    ("core/pocket_stories", answered("Al ran because it rained. Bo slept.", "Who ran?", "Al"),
      "Bo slept. It rained, so Al ran."),
+    ("core/pocket_stories", answered("Al ran because it rained. Bo slept.", "Who ran?", "Al"),
+     "Al left. Al ran. Bo slept.\nQuestion: Who ran?\nAnswer: Al"),
 ]
 
 
@@ -315,6 +398,39 @@ def test_killed_run_leaves_no_half_world(tmp_path):
     assert process.wait() == -signal.SIGKILL and not folder.exists()
     again = pocket.write_pocket(folder, num_chars=20_000)
     assert pocket.read_manifest(folder, again["settings"]) == again
+
+
+def test_leaky_world_is_not_kept(tmp_path, monkeypatch, capsys):
+    question = next(q.text for f in islands.facts()["Arvo"] for q in f.unasked)
+    make = pocket.DOCUMENTS["letter"][0]
+    monkeypatch.setitem(pocket.DOCUMENTS, "letter", (lambda rng: f"{make(rng)}\n{question}", 9))
+    with pytest.raises(UserError, match="was not kept"):
+        pocket.write_pocket(tmp_path / "w", num_chars=50_000)
+    assert list(tmp_path.iterdir()) == [] and question in capsys.readouterr().out
+
+
+def test_interrupted_replacement_keeps_the_old_world(world, tmp_path, monkeypatch):
+    shutil.copytree(world, tmp_path / "w")
+    old = pocket.load_manifest(world)
+    rename = Path.rename
+
+    def stopped(path, target):
+        if path.name.startswith(".w.") and Path(target).name == "w" and ".old" not in path.name:
+            raise KeyboardInterrupt
+        return rename(path, target)
+    monkeypatch.setattr(Path, "rename", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        pocket.write_pocket(tmp_path / "w", num_chars=20_000, seed=1)
+    assert pocket.read_manifest(tmp_path / "w", old["settings"]) == old
+    assert [p.name for p in tmp_path.iterdir()] == ["w"]
+
+
+def test_check_notices_a_changed_file(world, tmp_path):
+    shutil.copytree(world, tmp_path / "w")
+    path = tmp_path / "w/chat/greetings.jsonl"
+    path.write_text(path.read_text(encoding="utf-8").replace("Hello", "Howdy"), encoding="utf-8")
+    with pytest.raises(UserError, match="changed after it was made: chat/greetings.jsonl"):
+        pocket.pocket(tmp_path / "w", check=True)
 
 
 def test_older_world_is_made_anew(world, tmp_path):
