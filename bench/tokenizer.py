@@ -189,10 +189,35 @@ def version(library: str) -> str:
     return importlib.metadata.version(library.rstrip(" *†").replace("nanochat_nb", "nanochat-nb"))
 
 
+def training_table(runs: dict, texts: list[str]) -> dict:
+    seconds = {name: statistics.median(run["seconds"] for run in some) for name, some in runs.items()}
+    return {"columns": ["library", "version", "seconds", "ratio"],
+            "rows": [{"library": name, "version": version(name), "seconds": f"{value:.1f}",
+                      "ratio": f"{value / seconds['rustbpe']:.2f}"}
+                     for name, value in sorted(seconds.items(), key=lambda item: -item[1])],
+            "note": f"{VOCAB_SIZE:,} tokens from {sum(map(len, texts)):,} characters, texts in memory, {os.cpu_count()} "
+                    f"cores, median of {ROUNDS} runs; ratio to `rustbpe`. * GPT-2's split pattern, which cannot be "
+                    "changed. `nanochat_nb` is `rustbpe`, the making of the file and the loading of the encoder."}
+
+
+def encoding_table(runs: dict, texts: list[str]) -> dict:
+    rates = {name: None if isinstance(some, str) else statistics.median(run["mb_per_second"] for run in some)
+             for name, some in runs.items()}
+    return {"columns": ["library", "version", "MB/s", "ratio", "documents with other ids"],
+            "rows": [{"library": name, "version": version(name), "MB/s": f"{rate:.1f}" if rate else "–",
+                      "ratio": f"{rate / rates['tiktoken']:.1f}" if rate else "–",
+                      "documents with other ids": runs[name][0]["wrong"] if rate else runs[name]}
+                     for name, rate in sorted(rates.items(), key=lambda item: item[1] or 0)],
+            "note": f"{len(texts):,} documents of {sum(len(t.encode()) for t in texts):,} bytes in one call, "
+                    f"{os.cpu_count()} cores, median of {ROUNDS} runs; ratio to `tiktoken`. † with GPT-4's pattern "
+                    "instead of ours. `nanochat_nb` is `fastokens` and a split into arrays."}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text_dir", required=True, type=Path)
     parser.add_argument("--published", type=Path)
+    parser.add_argument("--jobs", nargs="+", default=["training", "encoding", "compression"], help="others are kept as they were")
     parser.add_argument("--measure", nargs=3, metavar=("JOB", "LIBRARY", "TOKENIZER_JSON"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     shards = [str(path) for path in sorted(arguments.text_dir.glob("*.parquet"))]
@@ -225,44 +250,26 @@ def main() -> None:
                         found[library].append(json.loads(run.stdout.splitlines()[-1]))
             return {library: runs for library, runs in found.items() if runs != "not installed"}
 
-        training = turns("train", TRAINERS)
-        encoding = turns("encode", [*ENCODERS, "gigatoken †"])
-        compressed = compression(path, texts_of(shards[-1:]), arguments.published)
+        measured = {
+            "training": lambda: training_table(turns("train", TRAINERS), texts_of(shards[:-1])),
+            "encoding": lambda: encoding_table(turns("encode", [*ENCODERS, "gigatoken †"]), texts_of(shards[-1:])),
+            "compression": lambda: compression(path, texts_of(shards[-1:]), arguments.published)}
+        measured = {job: measured[job]() | {"date": time.strftime("%Y-%m-%d")} for job in arguments.jobs}
 
-    seconds = {name: statistics.median(run["seconds"] for run in runs) for name, runs in training.items()}
-    rates = {name: None if isinstance(runs, str) else statistics.median(run["mb_per_second"] for run in runs)
-             for name, runs in encoding.items()}
-    characters, validation = sum(map(len, texts_of(shards[:-1]))), texts_of(shards[-1:])
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
                platform.processor()) if os.path.exists("/proc/cpuinfo") else platform.processor()
-    result = {
-        "what": f"vocabulary of {VOCAB_SIZE:,} from {characters:,} characters; median of {ROUNDS} runs that took turns",
-        "hardware": f"{os.cpu_count()} × {cpu}", "date": time.strftime("%Y-%m-%d"),
-        "training": {
-            "columns": ["library", "version", "seconds", "ratio"],
-            "rows": [{"library": name, "version": version(name), "seconds": f"{value:.1f}",
-                      "ratio": f"{value / seconds['rustbpe']:.2f}"}
-                     for name, value in sorted(seconds.items(), key=lambda item: -item[1])],
-            "note": f"{VOCAB_SIZE:,} tokens from {characters:,} characters, texts in memory, median of {ROUNDS} runs; ratio "
-                    "to `rustbpe`. * GPT-2's split pattern, which cannot be changed. `nanochat_nb` is `rustbpe` and the "
-                    "writing and loading of the file."},
-        "encoding": {
-            "columns": ["library", "version", "MB/s", "ratio", "documents with other ids"],
-            "rows": [{"library": name, "version": version(name), "MB/s": f"{rate:.1f}" if rate else "–",
-                      "ratio": f"{rate / rates['tiktoken']:.1f}" if rate else "–",
-                      "documents with other ids": encoding[name][0]["wrong"] if rate else encoding[name]}
-                     for name, rate in sorted(rates.items(), key=lambda item: item[1] or 0)],
-            "note": f"{len(validation):,} documents of {sum(len(t.encode()) for t in validation):,} bytes in one call, "
-                    f"{os.cpu_count()} cores, median of {ROUNDS} runs; ratio to `tiktoken`. "
-                    "† with GPT-4's pattern instead of ours. `nanochat_nb` is `fastokens` and a split into arrays."},
-        "compression": compressed}
-    for job in ("training", "encoding", "compression"):
+    path = Path(__file__).parent / "results" / "tokenizer.json"
+    result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    result |= {"what": "engines of the tokenizer; each table is one run in which the libraries took turns",
+               "hardware": f"{os.cpu_count()} × {cpu}"} | measured
+    result.pop("date", None)
+    for job in arguments.jobs:
         columns = result[job]["columns"]
         print(f"\n{job}: {result[job]['note']}")
         for row in [dict(zip(columns, columns)), *result[job]["rows"]]:
             print("  ".join(f"{row[column]!s:>16}" for column in columns))
-    (Path(__file__).parent / "results").mkdir(exist_ok=True)
-    (Path(__file__).parent / "results" / "tokenizer.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

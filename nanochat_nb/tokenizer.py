@@ -71,11 +71,15 @@ def halves(
     ranks: dict[bytes, int],  # token → the order in which it was learned
 ) -> tuple[bytes, bytes]:
     "The pair of earlier tokens whose merge made this one."
-    parts = [token[i:i + 1] for i in range(len(token))]
+    parts, never = [token[i:i + 1] for i in range(len(token))], len(ranks)
+    order = [ranks.get(token[i:i + 2], never) for i in range(len(token) - 1)]  # of the pairs
     while len(parts) > 2:
-        pairs = [ranks.get(left + right, len(ranks)) for left, right in zip(parts, parts[1:])]
-        first = pairs.index(min(pairs))
-        parts[first:first + 2] = [parts[first] + parts[first + 1]]
+        i = order.index(min(order))
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        del order[i]
+        for j in (i - 1, i):  # the pairs that the new part makes with its neighbours
+            if 0 <= j < len(order):
+                order[j] = ranks.get(parts[j] + parts[j + 1], never)
     return parts[0], parts[1]
 
 
