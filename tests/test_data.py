@@ -8,6 +8,7 @@ import pytest
 from conftest import run_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stories import STORIES
 
 from nanochat_nb import dataset
 from nanochat_nb.common import UserError
@@ -19,18 +20,6 @@ from nanochat_nb.dataset import (
     share_of_rank,
     text_statistics,
 )
-
-WORDS = "the cat sat on a mat while 12 dogs and 345 birds watched, didn't they? naïve café — 日本 🎉".split()
-WORDS += [a + b + c for a in ("ka", "lo", "mi", "tre") for b in ("na", "sto", "rel")
-          for c in ("", "dor", "ly", "ing")]
-
-
-def story(i: int) -> str:
-    "A document of 5 to 405 words, the same for the same number."
-    return " ".join(WORDS[(i * k * k + k) % len(WORDS)] for k in range(5 + (i * 37) % 401))
-
-
-STORIES = [story(i) for i in range(150)]
 
 
 def write_shards(folder: Path, shards: list[list], column: str = "text",

@@ -18,6 +18,7 @@ import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stories import STORIES
 
 from nanochat_nb.common import UserError
 from nanochat_nb.tokenizer import (
@@ -27,17 +28,6 @@ from nanochat_nb.tokenizer import (
 settings.register_profile("quick", max_examples=50, deadline=None)
 settings.load_profile("quick")
 
-WORDS = "the cat sat on a mat while 12 dogs and 345 birds watched, didn't they? naïve café — 日本 🎉".split()
-WORDS += [a + b + c for a in ("ka", "lo", "mi", "tre") for b in ("na", "sto", "rel")
-          for c in ("", "dor", "ly", "ing")]
-
-
-def story(i: int) -> str:
-    "A document of 5 to 405 words, the same for the same number."
-    return " ".join(WORDS[(i * k * k + k) % len(WORDS)] for k in range(5 + (i * 37) % 401))
-
-
-STORIES = [story(i) for i in range(150)]
 TOKENIZER = Tokenizer.train(STORIES, 380)
 THEIRS = tokenizers.Tokenizer.from_str(TOKENIZER.json)
 THEIRS.encode_special_tokens = True  # special names are text, as with us
