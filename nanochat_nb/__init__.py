@@ -20,7 +20,10 @@ marked `*`, companions stand below their lesson.
     download        shards from the hub: resumed, retried, checked, atomic
   * gpt             GPTConfig, blocks, GPT; parameter and FLOP counts
     attention       one call, several backends; windows; KV cache
+    loss            cross-entropy without holding all logits
+    precision       fp32, bf16, fp16, fp8: the linear layer, the loss scaler
   * optimizer       AdamW and Muon, the same step on 1 or N ranks; schedules
+    memory          what training holds, predicted and measured
   * pretraining     bits per byte, the training loop, base models
     checkpoint      atomic, checksummed, resumable at any number of ranks
     scaling         depth → width, batch, rates, horizon; what a run will cost

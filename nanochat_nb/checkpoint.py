@@ -385,18 +385,20 @@ def load_model(
 
 def load_optimizer_state(
     path: Path,                # a checkpoint's folder
-    keys=None,                 # which entries, e.g. `optimizer.state_dict()`; None: all
-) -> dict[str, Tensor]:        # `name|key` → tensor on the CPU, from however many ranks saved it
+    keys=None,                 # of whose parameters, e.g. `optimizer.state_dict()`; None: of all
+) -> dict[str, Tensor]:        # `name|key…` → tensor on the CPU, from however many ranks saved it
     "The optimizer's state by parameter name, as `MuonAdamW.load_state_dict` takes it."
     parts = sorted(name for name in read_meta(path)["files"] if name.startswith("optimizer-"))
     if not parts:
         raise UserError(f"{path} was saved without its optimizer; start with a fresh one.")
+    # by parameter, not by entry: other ranks may hold the rows of a table that this one needs
+    wanted = None if keys is None else {key.split("|")[0] for key in keys}
     state = {}
     for name in parts:
         try:
             with safe_open(Path(path) / name, framework="pt") as part:
                 state |= {key: part.get_tensor(key) for key in part.keys()
-                          if keys is None or key in keys}
+                          if wanted is None or key.split("|")[0] in wanted}
         except (OSError, SafetensorError) as error:
             reason = f"{path}/{name} is not a readable safetensors file ({error})."
             raise UserError(reason) from None

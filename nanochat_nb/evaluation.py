@@ -230,18 +230,18 @@ def answer(model: GPT, questions: list[Question]) -> list[bool]:
     if max(shared):
         cache = KVCache.for_model(model, len(questions), max(shared) + max(map(len, rest)))
         idx, lengths = padded([q.rows[0][:n] for q, n in zip(questions, shared)], model.device)
-        model(idx, kv_cache=cache)
+        model.hidden(idx, kv_cache=cache)
         cache.lengths.copy_(lengths)
         cache = cache.select(torch.tensor([q for q, _, _ in rows], device=model.device))
     idx, lengths = padded(rest, model.device)
-    logits = model(idx, kv_cache=cache)                                         # (B, T, V)
+    x = model.hidden(idx, kv_cache=cache)                                       # (B, T, C)
 
     spans = [range(start - 1 - shared[q], len(row) - 1 - shared[q]) for q, row, start in rows]
     index = [(r, t) for r, span in enumerate(spans) for t in span]
     index = torch.tensor(index, device=model.device)
     targets = [token for _, row, start in rows for token in row[start:]]
     targets = torch.tensor(targets, device=model.device)
-    logits = logits[index[:, 0], index[:, 1]]                                   # (scored tokens, V)
+    logits = model.logits(x[index[:, 0], index[:, 1]])                          # (scored tokens, V)
     losses = F.cross_entropy(logits, targets, reduction="none").split([len(span) for span in spans])
     exact = (logits.argmax(-1) == targets).split([len(span) for span in spans])
     losses = iter([x.mean().item() for x in losses])

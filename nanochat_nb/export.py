@@ -64,7 +64,7 @@ def hf_config(
     "The model's shape and conventions for `transformers`; UserError names what it cannot express."
     fields = config.to_dict()
     extras = {name: value for name, value in fields.items()
-              if name not in (*SAME, "window_pattern") and value}
+              if name not in (*SAME, "window_pattern") and value != getattr(GPTConfig, name)}
     if any(config.window(layer) != -1 for layer in range(config.n_layer)):
         extras["window_pattern"] = config.window_pattern
     if extras:

@@ -65,6 +65,8 @@ def finetune(
     compile: int = -1,                # 1 compile the model, 0 do not, -1 where it pays
     device_type: str = "",            # cuda, mps or cpu; default: the best there is
     seed: int = 42,                   # of the order of conversations
+    activation_checkpointing: bool = False,  # less memory: make activations twice, keep them never
+    chunk_tokens: int = 0,            # less memory: the logits of so many tokens at a time; 0: all
 ) -> float:                           # validation loss, nats per taught token
     "Mid-training or supervised finetuning on conversations and tasks; returns the validation loss."
     settings = dict(locals())
@@ -78,6 +80,7 @@ def finetune(
     model, tokenizer, source_meta = load_model(source, compute, model_tag, source_step)
     settings["source_model"] = source_meta["files"]["model.safetensors"]["sha256"]
     model.train()
+    model.recompute, model.chunk_tokens = activation_checkpointing, chunk_tokens
     tag, T = source_meta["tag"], model.config.sequence_len
 
     def render(conversation: dict) -> tuple[list[int], list[int]]:

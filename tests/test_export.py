@@ -1,6 +1,5 @@
 "The exported folder says the same as the model it came from, and is whole or not there."
 import json
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -136,15 +135,11 @@ def test_refuses_windows(tokenizer):
         hf_config(GPTConfig(window_pattern="SSSL"), tokenizer)
 
 
-def test_refuses_later_extras(tokenizer):
-    @dataclass
-    class LaterConfig(GPTConfig):
-        value_embeddings: bool = False
-        backout: float = 0.0
-
-    hf_config(LaterConfig(), tokenizer)  # off: representable
-    with pytest.raises(UserError, match="value_embeddings=True, backout=0.2"):
-        hf_config(LaterConfig(value_embeddings=True, backout=0.2), tokenizer)
+def test_refuses_additions(tokenizer):
+    with pytest.raises(UserError, match="qk_scale=1.2, value_embeds=True, backout=True"):
+        hf_config(GPTConfig(value_embeds=True, backout=True, qk_scale=1.2), tokenizer)
+    with pytest.raises(UserError, match="window_pattern='SL'"):
+        hf_config(GPTConfig(window_pattern="SL"), tokenizer)
 
 
 def test_refuses_unknown_weights(tokenizer):
