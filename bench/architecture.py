@@ -1,9 +1,10 @@
 """What each addition to the plain model is worth at a small depth, in bits per byte of real text.
 
 `python bench/architecture.py --data_dir FOLDER` (text shards, as `nanochat_nb.dataset` reads them).
-Every variant of a seed starts from the same draw and sees the same batches, so that differences
-can be taken pair by pair. One thread per run; the results do not depend on the machine's speed.
-Runs that the JSON file already holds are not repeated.
+Every variant of a seed sees the same batches (and starts from the same weights, but for value_embeds and
+smear, whose gates draw first), so that differences can be taken pair by pair. One thread per run; the
+results do not depend on the machine's speed. Runs with the same settings that the JSON file already holds
+are not repeated.
 """
 import argparse
 import itertools
@@ -80,7 +81,10 @@ def main() -> None:
     texts = itertools.islice(Documents(data, "train"), 20_000)
     tokenizer = Tokenizer.train(texts, VOCAB)
     path = Path(__file__).parent / "results" / "architecture.json"
-    runs = json.loads(path.read_text())["runs"] if path.exists() else {}
+    settings = {"depth": DEPTH, "vocab_size": VOCAB, "sequence_len": T, "batch": B, "steps": STEPS, "rates": RATES,
+                "variants": VARIANTS}
+    old = json.loads(path.read_text()) if path.exists() else {}
+    runs = old["runs"] if old.get("settings") == settings else {}
     for seed, (name, changes) in itertools.product(range(SEEDS), VARIANTS.items()):
         key = f"{name}, seed {seed}"
         if key not in runs:
@@ -89,7 +93,7 @@ def main() -> None:
             result = {"what": f"depth {DEPTH}, width {64 * DEPTH}, vocabulary {VOCAB}, sequence {T}, "
                               f"{STEPS} steps of {B * T} tokens of real text, bf16, plain Muon and AdamW; "
                               "gain in bits per byte over plain (positive is better), paired by seed",
-                      "torch": torch.__version__.split("+")[0], "date": time.strftime("%Y-%m-%d"),
+                      "settings": settings, "torch": torch.__version__.split("+")[0], "date": time.strftime("%Y-%m-%d"),
                       "rows": table(runs), "runs": runs}
             path.write_text(json.dumps(result, indent=1) + "\n")
     for row in table(runs):

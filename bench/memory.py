@@ -1,7 +1,7 @@
 """Does the memory estimator agree with what training takes? `python bench/memory.py [--device cuda] [--only PART]`.
 
 On a CPU three measurements: the allocator's record of one training step for a grid of shapes and
-switches; the resident memory of fresh processes of about a gigabyte; and, without an estimate of
+switches; the resident memory of fresh processes of about half a gigabyte; and, without an estimate of
 its own, what torch.compile saves.  On a GPU the grid only, with the caching allocator's maximum.
 """
 import argparse

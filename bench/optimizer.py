@@ -43,6 +43,7 @@ VARIANTS = {  # name: (settings of setup_optimizer, or None for AdamW, first mat
 EXPERIMENTS = {  # name: (rows of T tokens in a batch, steps, variants)
     "small": (8, 150, list(VARIANTS)),
     "large": (32, 75, ["AdamW for all", "Polar Express + NorMuon"]),
+    "long": (8, 300, ["AdamW for all", "Polar Express + NorMuon"]),   # as many tokens as "large"
 }
 
 

@@ -199,8 +199,10 @@ def save_checkpoint(
         with _all_ranks(world_size):
             if rank == 0:
                 config = getattr(model, "_orig_mod", model).config.to_dict()
+                scaler = getattr(optimizer, "scaler", None)                  # in fp16
                 _publish(temporary, final, {
                     **(meta or {}), "format_version": FORMAT_VERSION, "stage": stage, "tag": tag,
+                    "loss_scale": scaler and scaler.state_dict(),
                     "step": step, "config": config, "world_size": world_size, "rng": states,
                     "saved_at": time.time(), "git_commit": git_commit(), "versions": _versions()})
                 _retire(final.parent, keep)

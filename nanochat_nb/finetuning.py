@@ -19,6 +19,7 @@ from .dataset import resolve_data_dir
 from .optimizer import lr_schedule, setup_optimizer
 from .pretraining import (fit, grad_accum, override_rates, peak_memory_gb, resume_run,
                                      should_compile)
+from .scaling import logits_at_a_time
 from .tasks import load_conversations, mid_mixture, sft_mixture
 
 # %% ../nbs/07_finetuning.ipynb #packing-without-starving
@@ -65,8 +66,8 @@ def finetune(
     compile: int = -1,                # 1 compile the model, 0 do not, -1 where it pays
     device_type: str = "",            # cuda, mps or cpu; default: the best there is
     seed: int = 42,                   # of the order of conversations
-    activation_checkpointing: bool = False,  # less memory: make activations twice, keep them never
-    chunk_tokens: int = 0,            # less memory: the logits of so many tokens at a time; 0: all
+    activation_checkpointing: bool = False,  # less memory: make activations again, do not keep them
+    chunk_tokens: int = -1,           # tokens whose logits the loss holds; 0: all, -1: as suits
 ) -> float:                           # validation loss, nats per taught token
     "Mid-training or supervised finetuning on conversations and tasks; returns the validation loss."
     settings = dict(locals())
@@ -80,7 +81,9 @@ def finetune(
     model, tokenizer, source_meta = load_model(source, compute, model_tag, source_step)
     settings["source_model"] = source_meta["files"]["model.safetensors"]["sha256"]
     model.train()
-    model.recompute, model.chunk_tokens = activation_checkpointing, chunk_tokens
+    model.recompute = activation_checkpointing
+    model.chunk_tokens = (chunk_tokens if chunk_tokens >= 0 else
+                          logits_at_a_time(compute.device.type, model.config.vocab_size))
     tag, T = source_meta["tag"], model.config.sequence_len
 
     def render(conversation: dict) -> tuple[list[int], list[int]]:

@@ -63,7 +63,7 @@ class GPTConfig:
     rope_base: float = 10000.0      # rotary base: how slowly the slowest pair turns
     logit_softcap: float = 15.0     # logits are squashed into ±15 by tanh; 0 turns it off
     window_pattern: str = "L"       # per layer, repeated: L sees all, S a quarter; the last all
-    qk_scale: float = 1.0           # after QK-norm, queries and keys are this many times √D long
+    qk_scale: float = 1.0           # after QK-norm, scores are qk_scale² times as large
     value_embeds: bool = False      # every other block adds a value vector of the token itself
     residual_scalars: bool = False  # a block reads r · stream + s · embedding, r and s learned
     smear: bool = False             # a token's embedding takes in some of the one before it
@@ -73,13 +73,13 @@ class GPTConfig:
         for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
+        fit = -(-self.n_embd // (2 * self.n_head)) * 2 * self.n_head       # heads of even width
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}; "
-                            f"try n_embd={-(-self.n_embd // self.n_head) * self.n_head}.")
+                            f"try n_embd={fit}.")
         if self.head_dim % 2:
             raise UserError(f"head width {self.head_dim} (n_embd / n_head) is odd, but rotary "
-                            f"positions turn pairs; try "
-                            f"n_embd={self.n_head * (self.head_dim + 1)}.")
+                            f"positions turn pairs; try n_embd={fit}.")
         if self.n_head % self.n_kv_head:
             raise UserError(f"n_head={self.n_head} is not a multiple of "
                             f"n_kv_head={self.n_kv_head}; try n_kv_head={self.n_head}.")
@@ -87,8 +87,9 @@ class GPTConfig:
             raise UserError(f"window_pattern={self.window_pattern!r} may hold only L and S, "
                             f"for example SSSL.")
         if min(self.rope_base, self.qk_scale) <= 0 or self.logit_softcap < 0:
-            raise UserError(f"rope_base={self.rope_base} and qk_scale={self.qk_scale} must be above "
-                            f"0, logit_softcap={self.logit_softcap} at least 0 (0 turns it off).")
+            raise UserError(f"rope_base={self.rope_base} and qk_scale={self.qk_scale} must be "
+                            f"above 0, logit_softcap={self.logit_softcap} at least 0 (0 turns "
+                            f"it off).")
 
     @property
     def head_dim(self) -> int:
@@ -204,21 +205,22 @@ class GPT(nn.Module):
             self.smear_lambda = nn.Parameter(torch.empty(1))
         if config.backout:
             self.backout_lambda = nn.Parameter(torch.empty(1))
-        cos, sin = rotary_tables(config.sequence_len, config.head_dim, config.rope_base)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self.register_buffer("cos", None, persistent=False)      # `init_weights` makes them
+        self.register_buffer("sin", None, persistent=False)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self, seed: int | None = None) -> "GPT":
-        "Draw all weights anew; with a seed, always the same ones."
-        generator = None
-        if seed is not None:
+        "Draw all weights anew; with a seed, always the same ones on one kind of device."
+        c, generator = self.config, None
+        if seed is not None and self.device.type != "meta":
             generator = torch.Generator(self.device).manual_seed(seed)
+        self.cos, self.sin = rotary_tables(c.sequence_len, c.head_dim, c.rope_base, self.device)
         for module in self.modules():
             if isinstance(module, Linear):
                 n_out, n_in = module.weight.shape
-                std = n_in ** -0.5 * min(1.0, math.sqrt(n_out / n_in))   # spectral norm about 1
+                # outputs of unit size; smaller where it narrows, as in the reference
+                std = n_in ** -0.5 * min(1.0, math.sqrt(n_out / n_in))
                 module.weight.normal_(0.0, std, generator=generator)
         self.transformer.wte.weight.normal_(0.0, 1.0, generator=generator)
         self.lm_head.weight.zero_()
@@ -229,7 +231,7 @@ class GPT(nn.Module):
         return self
 
     def _init_additions(self, generator: torch.Generator | None) -> None:
-        "The reference's start: streams near 1, smear shut, gates nearly half open."
+        "The reference's start: streams near 1, smear shut, gates half open."
         c = self.config
         for block in self.transformer.h:
             if block.attn.value_embed is not None:
@@ -256,15 +258,17 @@ class GPT(nn.Module):
         reduction: str = "mean",            # of the loss: "mean", "sum", or "none" → (B, T)
     ) -> Tensor:                            # the loss; without targets: logits (B, T, V) in fp32
         "Logits for every position, or their cross-entropy with `targets` in nats."
+        if reduction not in ("mean", "sum", "none"):
+            raise UserError(f"reduction={reduction!r} must be 'mean', 'sum' or 'none'.")
         x = self.hidden(idx, kv_cache)
         if targets is None:
             return self.logits(x)
         losses = head_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten(),
                            self.config.logit_softcap, self.chunk_tokens,
-                           reduction="none" if reduction == "none" else "sum")
+                           reduction="sum" if reduction == "mean" else reduction)
         if reduction == "none":
             return losses.view(idx.shape)
-        return losses if reduction == "sum" else losses / (targets >= 0).sum()
+        return losses / (targets >= 0).sum().clamp(min=1) if reduction == "mean" else losses
 
     def logits(
         self,
@@ -279,16 +283,18 @@ class GPT(nn.Module):
         kv_cache: KVCache | None = None,    # append to what it holds, and read from it
     ) -> Tensor:                            # (B, T, C) normalised, in the compute dtype
         "The stream after the last block: what the head reads."
-        self._check(idx, kv_cache)
+        self._check_ids(idx)
         if kv_cache is not None:
             kv_cache.begin(idx)
+        self._check_context(idx.size(1), kv_cache)
         cos, sin = self._rotation(idx.size(1), kv_cache)
         x = x0 = self._embed(idx, kv_cache)
         for i, block in enumerate(self.transformer.h):
             if self.config.residual_scalars:
                 x = self.resid_lambdas[i].to(x.dtype) * x + self.x0_lambdas[i].to(x.dtype) * x0
             if self.recompute and kv_cache is None and torch.is_grad_enabled():
-                x = checkpoint(block, x, idx, cos, sin, None, use_reentrant=False)
+                x = checkpoint(block, x, idx, cos, sin, None, use_reentrant=False,
+                               preserve_rng_state=False)           # no part draws anything
             else:
                 x = block(x, idx, cos, sin, kv_cache)
             if i == self.config.n_layer // 2:
@@ -299,18 +305,28 @@ class GPT(nn.Module):
             kv_cache.end(idx.size(1))
         return norm(x)
 
-    def _check(self, idx: Tensor, kv_cache: KVCache | None) -> None:
-        "UserError for texts that are too long, or ids of another tokenizer."
-        c = self.config
-        if kv_cache is None and idx.size(1) > c.sequence_len:
-            raise UserError(f"{idx.size(1)} tokens do not fit the model's context of "
-                            f"{c.sequence_len}; cut the text or train with more.")
-        if idx.device.type == "cpu" and idx.numel() and not torch.compiler.is_compiling():
-            low, high = idx.aminmax()             # on a GPU this would wait for the device
-            if low < 0 or high >= c.vocab_size:
-                raise UserError(f"token ids {int(low)} … {int(high)} do not fit the model's "
-                                f"vocabulary, 0 … {c.vocab_size - 1}; they were made by another "
-                                f"tokenizer than the one it was trained with.")
+    def _check_ids(self, idx: Tensor) -> None:
+        "UserError for ids of another tokenizer; on a GPU a look would wait for the device."
+        if idx.device.type != "cpu" or not idx.numel() or torch.compiler.is_compiling():
+            return
+        low, high = idx.aminmax()
+        if low < 0 or high >= self.config.vocab_size:
+            raise UserError(f"token ids {int(low)} … {int(high)} do not fit the model's "
+                            f"vocabulary, 0 … {self.config.vocab_size - 1}; they were made by "
+                            f"another tokenizer than the one it was trained with.")
+
+    def _check_context(self, T: int, kv_cache: KVCache | None) -> None:
+        "UserError for texts that are too long; padding on the right may stick out of a row."
+        context, used = self.config.sequence_len, 0
+        if kv_cache is not None:
+            used = kv_cache.longest if T == 1 else kv_cache.shortest  # one token is no padding
+        if used + T <= context:
+            return
+        if used == 0:
+            raise UserError(f"{T} tokens do not fit the model's context of {context}; cut the "
+                            f"text or train with more.")
+        raise UserError(f"the text has reached the model's context of {context} ({used} tokens "
+                        f"so far, {T} more came); start a shorter one.")
 
     def _rotation(self, T: int, kv_cache: KVCache | None) -> tuple[Tensor, Tensor]:
         "Cosines and sines of the new tokens' positions: (T, D/2), with a cache (B, 1, T, D/2)."

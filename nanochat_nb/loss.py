@@ -43,7 +43,8 @@ def _chunk_gradient(
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     tanh = z.div_(softcap).tanh_() if softcap else None
     log_p = (softcap * tanh if softcap else z).log_softmax(-1)
-    counted, index = targets >= 0, targets.clamp(min=0)[:, None]
+    counted = targets != -1                  # −1 only: any other bad id stays an index error
+    index = targets.where(counted, 0)[:, None]
     losses = torch.where(counted, -log_p.gather(1, index)[:, 0], 0.0)
     gradient = log_p.exp_().scatter_add_(1, index, log_p.new_full(index.shape, -1.0))   # p − y
     gradient.mul_(torch.where(counted, token_weights, 0.0)[:, None])
@@ -54,7 +55,13 @@ def _chunk_gradient(
 # %% ../nbs/03b_loss.ipynb #compute-twice-or-know-in-advance
 @functools.cache
 def _compiled(function):
-    return torch.compile(function, dynamic=False)   # one shape for all chunks, one for the rest
+    return torch.compile(function, dynamic=False)   # `_whole_chunks` gives it one shape
+
+
+def _whole_chunks(chunk_tokens: int, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    "Append tokens that do not count until the last chunk is full: another shape compiles anew."
+    missing = -len(x) % chunk_tokens
+    return F.pad(x, (0, 0, 0, missing)), F.pad(targets, (0, missing), value=-1)
 
 
 @torch.library.custom_op("nanochat_nb::chunked_loss", mutates_args=())
@@ -62,10 +69,11 @@ def _chunked_loss(
     x: Tensor, weight: Tensor, targets: Tensor, softcap: float, chunk_tokens: int, fused: bool,
 ) -> Tensor:
     "(N,) losses, one chunk of logits at a time."
-    chunk_loss = _compiled(_chunk_loss) if fused else _chunk_loss
-    weight = weight.to(x.dtype)
+    chunk_loss, N, weight = _chunk_loss, len(x), weight.to(x.dtype)
+    if fused:
+        chunk_loss, (x, targets) = _compiled(chunk_loss), _whole_chunks(chunk_tokens, x, targets)
     chunks = zip(x.split(chunk_tokens), targets.split(chunk_tokens))
-    return torch.cat([chunk_loss(x_c, weight, targets_c, softcap) for x_c, targets_c in chunks])
+    return torch.cat([chunk_loss(x_c, weight, targets_c, softcap) for x_c, targets_c in chunks])[:N]
 
 
 @torch.library.custom_op("nanochat_nb::chunked_gradients", mutates_args=())
@@ -74,8 +82,12 @@ def _chunked_gradients(
     chunk_tokens: int, fused: bool, want_dx: bool, want_dw: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     "Σ token_weights · losses, and its gradients for x and weight (empty where not wanted)."
-    chunk_gradient = _compiled(_chunk_gradient) if fused else _chunk_gradient
+    chunk_gradient, N = _chunk_gradient, len(x)
     low_weight, wide = weight.to(x.dtype), _wide(x)
+    if fused:
+        chunk_gradient = _compiled(chunk_gradient)
+        x, targets = _whole_chunks(chunk_tokens, x, targets)
+        token_weights = F.pad(token_weights, (0, len(x) - N))
     total = torch.zeros((), dtype=wide, device=x.device)
     dx = torch.empty_like(x) if want_dx else x.new_empty(0)
     dw = torch.zeros_like(weight, dtype=wide) if want_dw else weight.new_empty(0)
@@ -90,7 +102,8 @@ def _chunked_gradients(
             dw.addmm_(gradient.t(), x[rows])
         elif want_dw:
             dw += gradient.t() @ x[rows]      # the product of a chunk in x's dtype, the sum in fp32
-    return total, dx, dw.to(weight.dtype)
+        del gradient                          # before the next chunk makes its own
+    return total, dx[:N], dw.to(weight.dtype)
 
 
 @_chunked_loss.register_fake
@@ -120,6 +133,7 @@ class _LossPerToken(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        _refuse_second_derivative()
         x, weight, targets = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:2]
         _, *gradients = _chunked_gradients(x, weight, targets, grad, *ctx.settings, *wanted)
@@ -140,9 +154,18 @@ class _LossSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        _refuse_second_derivative()
+        # not in place: a graph may be used twice.  The second (V, C) lives for a moment, and is less
+        # than the buffers of a chunk were, unless chunk_tokens is well below C
         dx, dw = (grad * g if want else None
                   for g, want in zip(ctx.saved_tensors, ctx.needs_input_grad))
         return dx, dw, None, None, None, None
+
+
+def _refuse_second_derivative() -> None:
+    "The gradients are constants to autograd; a compiled model is refused by torch itself."
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled():    # create_graph=True
+        raise RuntimeError("the loss in chunks has no second derivative; use chunk_tokens=0.")
 
 # %% ../nbs/03b_loss.ipynb #head_loss
 def head_loss(
@@ -156,6 +179,9 @@ def head_loss(
     "Cross-entropy of the head's logits with `targets`, without holding all (N, V) logits."
     if reduction not in ("none", "sum"):
         raise UserError(f"reduction={reduction!r} is neither 'none' nor 'sum'.")
+    if x.dim() != 2 or targets.shape != x.shape[:1] or chunk_tokens < 0:
+        raise UserError("expected x (N, C), targets (N,) and chunk_tokens ≥ 0; got "
+                        f"{tuple(x.shape)}, {tuple(targets.shape)} and {chunk_tokens}.")
     _check_targets(targets, weight.size(0))
     if not chunk_tokens or not len(x):
         losses = _chunk_loss(x, weight, targets, softcap)

@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .common import UserError
 
@@ -38,7 +39,7 @@ class LossScaler:
         self.good_steps = 0 if found_inf else self.good_steps + 1
         if found_inf:
             self.value /= 2
-        elif self.good_steps == self.patience:
+        elif self.good_steps >= self.patience:
             self.value, self.good_steps = 2 * self.value, 0
         if self.value < 1:
             raise UserError("gradients are infinite or NaN even without loss scaling: the run has "
@@ -55,14 +56,14 @@ class LossScaler:
 
 # %% ../nbs/03c_precision.ipynb #eight-bits
 def to_fp8(
-    x: Tensor,                                      # of any shape
+    x: Tensor,                                      # of any shape, not empty
     dtype: torch.dtype = torch.float8_e4m3fn,       # or torch.float8_e5m2
 ) -> tuple[Tensor, Tensor]:                         # x8 and a scale () in fp32: x ≈ x8 · scale
     "Round to 8 bits, the largest magnitude of the tensor onto the largest number of the format."
     largest = torch.finfo(dtype).max
     scale = x.abs().amax().float() / largest
     scale = scale.clamp(min=torch.finfo(torch.float32).tiny)   # zeros stay zeros; NaN stays NaN
-    return (x.float() / scale).clamp(-largest, largest).to(dtype), scale
+    return (x.float() / scale).clamp(-largest, largest).to(dtype).contiguous(), scale
 
 # %% ../nbs/03c_precision.ipynb #fp8_matmul
 def fp8_matmul(
@@ -88,11 +89,15 @@ class _Fp8Product(torch.autograd.Function):
         return fp8_matmul(to_fp8(x), (w8, scale), x.dtype, fast=True)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):                                 # (N, n_out)
-        x, w8, scale = ctx.saved_tensors
-        grad8 = to_fp8(grad, torch.float8_e5m2)              # gradients span a wider range
-        dx = fp8_matmul(grad8, (w8.t().contiguous(), scale), x.dtype)
-        return dx, (grad.t() @ x).to(ctx.weight_dtype)
+        (x, w8, scale), dx, dw = ctx.saved_tensors, None, None
+        if ctx.needs_input_grad[0]:
+            grad8 = to_fp8(grad, torch.float8_e5m2)          # gradients span a wider range
+            dx = fp8_matmul(grad8, (w8.t().contiguous(), scale), x.dtype)
+        if ctx.needs_input_grad[1]:
+            dw = (grad.t() @ x).to(ctx.weight_dtype)
+        return dx, dw
 
 # %% ../nbs/03c_precision.ipynb #the-layer
 class Linear(nn.Linear):
@@ -104,7 +109,7 @@ class Linear(nn.Linear):
         super().__init__(n_in, n_out, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fp8 and torch.is_grad_enabled():
+        if self.fp8 and torch.is_grad_enabled() and x.numel():
             return _Fp8Product.apply(x.reshape(-1, x.size(-1)), self.weight).view(*x.shape[:-1], -1)
         return F.linear(x, self.weight.to(x.dtype))
 
@@ -117,26 +122,27 @@ def use_fp8(
 ) -> int:                                  # how many layers multiply in fp8 now
     """Train the large linear layers in fp8; evaluation stays in the compute dtype.
 
-    Both widths must be multiples of 16, as the hardware asks, and at least 128: below that the
-    rounding costs more than the product saves.
+    Both widths must be multiples of 16, as the hardware asks, and at least 128: a lower bound
+    only; published gains start near width 1,664 (nanochat's dev/LOG.md, 8×H100).
     """
-    layers = [layer for name, layer in model.named_modules()
-              if isinstance(layer, Linear) and name.split(".")[-1] not in skip
+    linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear)}
+    chosen = [layer for name, layer in linears.items() if on and name.split(".")[-1] not in skip
               and all(n % 16 == 0 and n >= 128 for n in layer.weight.shape)]
-    if on and layers:
-        _check_fp8(layers[0].weight.device, emulate)
-    for layer in layers:
-        layer.fp8 = on
-    return len(layers) if on else 0
+    if chosen:
+        _check_fp8(chosen[0].weight.device, emulate)
+    for layer in linears.values():
+        layer.fp8 = layer in chosen
+    return len(chosen)
 
 
 def _check_fp8(device: torch.device, emulate: bool) -> None:
     "Raise a UserError where the device neither multiplies fp8 nor may emulate it."
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
+    nvidia = device.type == "cuda" and not torch.version.hip     # AMD's fp8 has other formats
+    if nvidia and torch.cuda.get_device_capability(device) >= (8, 9):
         return
     if device.type != "cpu":
-        raise UserError(f"fp8 needs a GPU of compute capability 8.9 or higher (Ada, Hopper and "
-                        f"later), and {device} is none; train in bf16 or fp16.")
+        raise UserError(f"fp8 needs an NVIDIA GPU of compute capability 8.9 or higher (Ada, Hopper "
+                        f"and later), and {device} is none; train in bf16 or fp16.")
     if not emulate:
         raise UserError("a CPU has no fp8 arithmetic; train in fp32 or bf16, or ask for the same "
                         "rounding, slowly, with use_fp8(model, emulate=True).")

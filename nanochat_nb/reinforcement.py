@@ -131,7 +131,7 @@ def policy_step(
         empty = torch.full((1, 1), pad, device=compute.device)
         nothing = torch.zeros(1, 1, device=compute.device)
         micro_batches = [(empty, torch.full_like(empty, -1), nothing)]
-    return train_step(model, optimizer, micro_batches, lr_multiplier, world_size=compute.world_size)
+    return train_step(model, optimizer, micro_batches, lr_multiplier)
 
 # %% ../nbs/08_reinforcement.ipynb #reinforce
 def reinforce(

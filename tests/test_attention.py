@@ -1,7 +1,9 @@
 "Every attention backend against the formula, the rule that picks one, and the cache against both."
+import itertools
 import math
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -220,6 +222,47 @@ def test_flash_3_and_4_are_put_behind_the_call(flash_stand_in, monkeypatch):
         torch_attention.restore_flash_attention_impl(_raise_warn=False)
 
 
+def check_bf16(device, backend, T, window, K):
+    "Forward and backward in bf16 against the formula in fp64, by the size of all that comes out."
+    inputs = [x.to(device, torch.bfloat16) for x in tensors(T, 4, K, 64)]
+    exact = [x.double().requires_grad_() for x in inputs]
+    inputs = [x.requires_grad_() for x in inputs]
+    y, expected = attention(*inputs, window, backend), attention_naive(*exact, window)
+    assert y.dtype == torch.bfloat16 and y.device.type == device
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+    ours = [y, *torch.autograd.grad(y, inputs, weights)]
+    theirs = [expected, *torch.autograd.grad(expected, exact, weights.double())]
+    size = max(x.norm() for x in theirs)        # one scale: some gradients are 0, as of q at T = 1
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.double() - b).norm() < 4 * torch.finfo(torch.bfloat16).eps * size
+
+
+@pytest.mark.parametrize("backend", [None, "sdpa", "sdpa.flash", "sdpa.math", "pieces"])
+def test_bf16_gradients(backend):
+    for T, window, K in [(1, -1, 4), (37, 0, 2), (300, -1, 2), (300, 70, 4)]:
+        check_bf16("cpu", backend, T, window, K)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("T", [1, 37, 300])
+@pytest.mark.parametrize("backend", [None, "sdpa", "pieces", "flex", "flash",
+                                     "sdpa.cudnn", "sdpa.flash", "sdpa.efficient"])
+def test_gpu_kernels_equal_the_formula(backend, T):
+    flash, triton = module.gpu_kernels("cuda")
+    if backend == "flash" and not flash or backend == "flex" and not triton:
+        pytest.skip("this machine has none")
+    if backend == "sdpa.cudnn" and T == 1:
+        pytest.skip("PyTorch gives cuDNN no key length of 1")
+    for window, K in itertools.product((-1, 0, 9, 70), (4, 2)):
+        windowed = 0 <= window < T - 1
+        if windowed and backend in ("sdpa.cudnn", "sdpa.flash"):
+            continue            # flash takes no masks, and we give none to cuDNN
+        if backend == "sdpa.efficient" and K == 2 and not windowed:
+            continue            # not every version of it knows groups
+        check_bf16("cuda", backend, T, window, K)
+
+
 # ---------------------------------------------------------------- the rule
 
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
@@ -263,11 +306,16 @@ def test_explanation_says_what_is_done(monkeypatch):
     text = explain_backends("cpu", fp32, T=2048, window=512)
     assert all(f"\n  {name} " in text for name in BACKENDS if "." not in name)
     assert "full layers: sdpa; layers with a window of 512: pieces" in text
-    assert text.count("no: needs Ampere") == 2
+    assert text.count("no: wants CUDA, Ampere or later, and ") == 2
     monkeypatch.setattr(module, "gpu_kernels", lambda device: (2, True))
     text = explain_backends("cuda", bf16, T=2048, window=512)
-    assert "yes: version 2" in text and "cudnn, flash, efficient, math" in text
-    assert "full layers: sdpa; layers with a window of 512: flash" in text
+    assert "cudnn, flash, efficient, math" in text
+    columns = {row.index(here) for row in text.splitlines()[1:-1]
+               for here in ("  yes", "  yes: version 2") if row.endswith(here)}
+    assert len(columns) == 1                                # a table, also with the longer text
+    last = "full layers: sdpa; layers with a window of 512: flash"
+    assert text.splitlines()[-1] == last == module.explain_choice("cuda", bf16, 128, 2048, 512)
+    assert module.explain_choice("cpu", fp32, 64, 2048) == "full layers: sdpa"
 
 
 def test_attention_follows_the_rule(monkeypatch):
@@ -295,8 +343,38 @@ def test_what_a_made_up_gpu_can_run(monkeypatch, gpu, packages, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: gpu)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(module, "_installed", packages.__contains__)
+    monkeypatch.setattr(module, "_starts", lambda generation: True)
     assert module._cuda_kernels.__wrapped__() == expected
     assert module.gpu_kernels("cpu") == module.gpu_kernels("mps") == (0, False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU")
+@pytest.mark.parametrize("error", [ImportError, RuntimeError, ValueError, OSError])
+@pytest.mark.parametrize("broken, expected", [({"FA3", "FA4"}, 2), ({"FA3"}, 4), ({"FA4"}, 3)])
+def test_broken_packages_do_not_stop_training(monkeypatch, error, broken, expected):
+    "Found, but built for something else: the next best is taken, and a warning says why."
+    class Handle:
+        remove = staticmethod(lambda: None)
+
+    def register(name):
+        if name in broken:
+            raise error("undefined symbol")
+        return Handle
+
+    for name in ("FA3", "FA4"):
+        monkeypatch.setitem(torch_attention._registry._FLASH_ATTENTION_IMPLS, name,
+                            lambda name=name: register(name))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(module, "_installed", lambda package: True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert module._cuda_kernels.__wrapped__() == (expected, True)
+    assert torch_attention.current_flash_attention_impl() is None   # tried, and taken back
+    said = [str(w.message) for w in caught if "does not start" in str(w.message)]
+    assert len(said) == len(broken - {"FA4"} if expected == 3 else broken)
+    assert all("undefined symbol" in text for text in said)
 
 
 def test_packages_are_looked_for_without_importing_them(tmp_path, monkeypatch):
@@ -381,16 +459,68 @@ def test_questions_to_the_machine_do_not_break_the_graph():
     assert len(asked) == 1
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_priority_list_compiles():
-    "What a GPU gets, cuDNN first: on a CPU, of these kernels, flash and math exist."
-    def run(q, k, v):
-        with torch_attention.sdpa_kernel(list(module.SDPA_KERNELS.values()), set_priority=True):
-            return attention(q, k, v)
+def fake_gpu_case(masked):
+    "Queries, keys, values and a mask without numbers that claim to be on a GPU."
+    q, k, v = (torch.empty(2, heads, 300, 64, device="cuda", dtype=torch.bfloat16)
+               for heads in (4, 2, 2))
+    return q, k, v, torch.ones(300, 300, device="cuda", dtype=torch.bool) if masked else None
 
-    q, k, v = tensors(20)
-    y = torch.compile(run, fullgraph=True, backend="eager")(q, k, v)
-    torch.testing.assert_close(y, attention_naive(q, k, v))
+
+@pytest.mark.parametrize("masked, causal, expected", [
+    (False, True, (True, True, 2)), (False, False, (False, False, 2)),
+    (True, True, (False, False, 4))])       # 4: with a mask, key heads are repeated
+def test_cudnn_is_for_plainly_causal_calls(monkeypatch, masked, causal, expected):
+    "May cuDNN be taken, is it causal, how many key heads: what PyTorch's call sees on a GPU."
+    def spy(q, k, v, mask, *, is_causal, enable_gqa):
+        assert enable_gqa == (q.size(1) != k.size(1))
+        calls.append((torch.backends.cuda.cudnn_sdp_enabled(), is_causal, k.size(1)))
+        return real(q, k, v, mask, is_causal=is_causal, enable_gqa=enable_gqa)
+
+    calls, real = [], module.F.scaled_dot_product_attention
+    monkeypatch.setattr(module.F, "scaled_dot_product_attention", spy)
+    with FakeTensorMode():
+        q, k, v, mask = fake_gpu_case(masked)
+        assert module.fused(q, k, v, mask, causal=causal).shape == q.shape
+    assert calls == [expected]
+    assert torch.backends.cuda.cudnn_sdp_enabled()          # put back in the end
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("masked", [False, True])
+def test_leaving_cudnn_out_compiles(masked):
+    "One graph without breaks, in which cuDNN is switched off before the call and on after it."
+    steps = []
+
+    def backend(graph, inputs):
+        steps.extend((node.target.__name__, str(node.args)) for node in graph.graph.nodes
+                     if node.op == "call_function")
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *args: module.fused(*args), fullgraph=True, backend=backend)
+    with FakeTensorMode():
+        q, k, v, mask = fake_gpu_case(masked)
+        assert compiled(q, k, v, mask).shape == q.shape
+    names = [f"{name} {args}" for name, args in steps]
+    call = next(i for i, name in enumerate(names) if name.startswith("scaled_dot_product"))
+    switches = [i for i, name in enumerate(names) if name.startswith("_sdpa_kernel ")]
+    cudnn = [i for i, name in enumerate(names) if "CUDNN" in name]
+    if masked:
+        before, after = switches
+        assert before < call < cudnn[0] < after and len(cudnn) == 1
+    else:
+        assert not switches and not cudnn
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_cudnn_gets_nothing_from_the_cache(monkeypatch):
+    "Of what a cache asks for only a prefill is plainly causal, and only that may go to cuDNN."
+    calls, fused = [], module.fused
+    monkeypatch.setattr(module, "fused", lambda q, k, v, mask=None, kernel="", causal=True:
+                        calls.append((mask is not None, causal)) or fused(q, k, v, mask, "", causal))
+    cache, idx = KVCache(2, 30, 1, 2, 8, dtype=torch.float64), torch.zeros(2, 30, dtype=torch.long)
+    fill(cache, *tensors(11), [5, 3, 1, 2], -1, idx)
+    assert calls == [(False, True), (True, False), (False, False), (True, False)]
 
 
 # ---------------------------------------------------------------- the cache
@@ -484,6 +614,19 @@ def test_layers_with_different_windows_share_a_pass():
             expected = attention_naive(q, k, v, window)[:, :, part]
             torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
         cache.end(part.stop - part.start)
+
+
+def test_rows_of_one_length_share_a_mask():
+    q, k, v = tensors(9, B=3)
+    cache = KVCache(3, 9, 1, 2, 8, dtype=torch.float64)
+    idx = torch.zeros(3, 9, dtype=torch.long)
+    y = fill(cache, q, k, v, [5, 4], 3, idx)
+    torch.testing.assert_close(y, attention_naive(q, k, v, 3), rtol=0, atol=1e-12)
+    assert cache.masks[3].shape == (1, 1, 4, 7)             # 5 − 3 … 8 are read
+    cache.lengths.copy_(torch.tensor([5, 4, 5]))
+    cache.begin(idx[:, :4])
+    cache.attend(0, q[:, :, 5:], k[:, :, 5:], v[:, :, 5:], 3)
+    assert cache.masks[3].shape == (3, 1, 4, 8)
 
 
 def filled_cache(lengths, seed=0):

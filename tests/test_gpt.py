@@ -1,5 +1,6 @@
 "The model against a second one written from the formulas, in NumPy; its caches, compiler, limits."
 import math
+import re
 
 import numpy as np
 import pytest
@@ -186,6 +187,27 @@ def test_rows_of_different_lengths(variant):
                 torch.testing.assert_close(logits[b, 0], alone, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.bfloat16, 0.15)])
+def test_a_window_narrower_than_the_text(dtype, tolerance):
+    "Pieces, and rows of different lengths, where the window of 128 hides most of what is stored."
+    model = random_model(dtype, **{**VARIANTS["everything"], "sequence_len": 512})
+    idx = tokens(2, 202)
+    with torch.inference_mode():
+        whole = model(idx)
+        assert (whole - random_model(dtype, **{**VARIANTS["everything"], "sequence_len": 512,
+                                               "window_pattern": "L"})(idx)).abs().max() > tolerance
+        cache = KVCache.for_model(model, 2, 202)
+        made = [model(piece, kv_cache=cache) for piece in idx.split([100, 60, 1, 1, 40], 1)]
+        torch.testing.assert_close(torch.cat(made, 1), whole, rtol=0, atol=tolerance)
+        cache, lengths = KVCache.for_model(model, 2, 202), [150, 131]
+        model(idx[:, :150], kv_cache=cache)
+        cache.lengths.copy_(torch.tensor(lengths))
+        new = torch.stack([idx[b, n] for b, n in enumerate(lengths)])[:, None]
+        logits = model(new, kv_cache=cache)[:, 0]
+        alone = torch.stack([whole[b, n] for b, n in enumerate(lengths)])
+        torch.testing.assert_close(logits, alone, rtol=0, atol=tolerance)
+
+
 @pytest.mark.parametrize("variant", ["plain", "everything"])
 @pytest.mark.parametrize("chunk_tokens, recompute", [(0, False), (16, True)])
 def test_compiled_equals_eager(variant, chunk_tokens, recompute):
@@ -266,11 +288,15 @@ def test_weights_follow_the_seed():
 
 def test_counts():
     config = GPTConfig(**{**SHAPE, **ADDITIONS})
-    count = GPT(config).num_parameters()
-    assert count["total"] == sum(p.numel() for p in GPT(config).parameters())
-    assert count["total"] == sum(n for part, n in count.items() if part != "total")
-    assert count["value_embeds"] == 2 * 61 * 32                       # layers 0 and 2 of 3
-    assert count["scalars"] == 3 + 3 + 1 + 1 + 24
+    gates = 2 * 12 * 4                                                # layers 0 and 2 of 3
+    assert GPT(config).num_parameters() == {
+        "wte": 61 * 32, "value_embeds": 2 * 61 * 32, "blocks": 3 * 12 * 32**2 + gates,
+        "lm_head": 61 * 32, "scalars": 3 + 3 + 1 + 1 + 24,
+        "total": 4 * 61 * 32 + 3 * 12 * 32**2 + gates + 32}
+    # half the key/value heads: k and v are half as large; windows of 256 in two of three layers
+    shared = GPT(GPTConfig(**{**SHAPE, "n_kv_head": 2, "window_pattern": "SSL", "sequence_len": 640}))
+    matrices = 3 * (2 + 1 + 8) * 32**2 + 61 * 32
+    assert shared.flops_per_token() == 6 * matrices + 12 * 32 * (256 + 256 + 640)
     with torch.device("meta"):
         d20 = GPT(GPTConfig())
     assert d20.num_parameters()["total"] == 560_988_160 and f"{d20.flops_per_token():.2e}" == "3.49e+09"
@@ -282,6 +308,7 @@ def test_counts():
 @pytest.mark.parametrize("changes, words", [
     ({"n_embd": 30}, ["n_embd=30", "n_head=4", "try n_embd=32"]),
     ({"n_embd": 12}, ["head width 3", "odd", "try n_embd=16"]),
+    ({"n_embd": 100, "n_head": 6, "n_kv_head": 6}, ["n_head=6", "try n_embd=108"]),
     ({"n_kv_head": 3}, ["n_kv_head=3", "n_head=4"]),
     ({"window_pattern": "SSX"}, ["'SSX'", "L and S", "SSSL"]),
     ({"window_pattern": ""}, ["window_pattern", "SSSL"]),
@@ -294,6 +321,8 @@ def test_bad_configuration(changes, words):
     with pytest.raises(UserError) as error:
         GPTConfig(**{**SHAPE, **changes})
     assert all(word in str(error.value) for word in words), str(error.value)
+    if advice := re.search(r"try (\w+)=(\d+)", str(error.value)):
+        GPTConfig(**{**SHAPE, **changes, advice[1]: int(advice[2])})       # and it is good advice
 
 
 def test_bad_tokens():
@@ -306,3 +335,19 @@ def test_bad_tokens():
         model(tokens(1, 41))
     with pytest.raises(UserError, match="holds 4 tokens"):
         model(tokens(1, 5), kv_cache=KVCache.for_model(model, 1, 4))
+    cache = KVCache.for_model(model, 1, 60)
+    model(tokens(1, 40), kv_cache=cache)
+    with pytest.raises(UserError, match="context of 40"):
+        model(tokens(1, 1), kv_cache=cache)
+    with pytest.raises(UserError, match="mean"):
+        model(tokens(1, 3), tokens(1, 3), reduction="average")
+
+
+def test_built_without_memory_then_filled():
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**SHAPE))
+    model = model.to_empty(device="cpu").init_weights(3)
+    straight = GPT(GPTConfig(**SHAPE)).init_weights(3)
+    idx = tokens(1, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(model.hidden(idx), straight.hidden(idx), rtol=0, atol=0)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat_nb.common import UserError
-from nanochat_nb.loss import head_loss, logits_of
+from nanochat_nb.loss import _chunk_gradient, head_loss, logits_of
 
 
 def textbook(x, weight, targets, softcap):
@@ -72,6 +72,26 @@ def test_error_of_each_dtype(dtype, bound, reduction):
     assert (per_token - exact_losses).abs().max() < 10 * bound
 
 
+def test_many_chunks_add_up_in_fp32():
+    "256 products in bf16 are summed in fp32: the head's gradient is no worse than in one chunk."
+    x, weight, targets, _ = data(2048, 16, 40, torch.bfloat16, size=0.3)
+    exact = [t.detach().double().requires_grad_() for t in (x, weight)]
+    want, = torch.autograd.grad(textbook(*exact, targets, 15.0).sum(), exact[1])
+    errors = [relative(torch.autograd.grad(head_loss(x, weight, targets, 15.0, chunk, "sum"),
+                                           weight)[0], want) for chunk in (8, 2048)]
+    assert errors[0] < 1.5 * errors[1]
+
+
+@pytest.mark.parametrize("softcap", [0.0, 15.0])
+def test_chunk_is_fp32_after_the_product(softcap):
+    "Soft cap and log-sum-exp of a bf16 chunk add no rounding of their own."
+    x, weight, targets, token_weights = data(48, 64, 300, torch.bfloat16)
+    want = F.cross_entropy(logits_of(x, weight, softcap), targets, ignore_index=-1,
+                           reduction="none")
+    losses, _ = _chunk_gradient(x, weight.bfloat16(), targets, token_weights.float(), softcap)
+    torch.testing.assert_close(losses, want, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 @pytest.mark.parametrize("chunk", [0, 4])
 def test_no_target_counts(chunk, reduction):
@@ -123,6 +143,18 @@ def test_gradients_add_up():
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_no_second_derivative(reduction):
+    "A gradient that is differentiated again would be taken for a constant: refused instead."
+    x, weight, targets, _ = data(11, 4, 9)
+    loss = head_loss(x, weight, targets, 3.0, 4, reduction).sum()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, x, create_graph=True)
+    whole = head_loss(x, weight, targets, 3.0, 0, reduction).sum()
+    gradient, = torch.autograd.grad(whole, x, create_graph=True)
+    assert torch.autograd.grad(gradient.square().sum(), weight)[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
 def test_never_holds_more_than_a_chunk_of_logits(reduction):
     "The peak of all that is alive, forward and backward; not only the largest single tensor."
     N, C, V, chunk = 512, 4, 1000, 16
@@ -171,6 +203,24 @@ def test_vocabulary_mismatch(bad, chunk):
     targets[7] = bad
     with pytest.raises(UserError, match=f"target {bad} .* 0 … 8"):
         head_loss(x, weight, targets, 3.0, chunk)
+
+
+@pytest.mark.parametrize("bad", [-100, -2, 9])
+def test_bad_target_inside_a_chunk(bad):
+    "Where nobody looked at the targets, as on a GPU, an id out of range is still an error."
+    x, weight, targets, token_weights = data(11, 4, 9)
+    targets[7] = bad
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        _chunk_gradient(x.detach(), weight.detach(), targets, token_weights, 3.0)
+
+
+@pytest.mark.parametrize("shape, n_targets, chunk", [((2, 6, 4), 12, 0), ((2, 6, 4), 2, 4),
+                                                     ((11, 4), 10, 4), ((11, 4), 12, 0),
+                                                     ((11, 4), 11, -1)])
+def test_wrong_shapes(shape, n_targets, chunk):
+    with pytest.raises(UserError, match=r"expected x \(N, C\), targets \(N,\) and chunk_tokens"):
+        head_loss(torch.randn(shape), torch.randn(9, 4), torch.zeros(n_targets, dtype=torch.long),
+                  3.0, chunk)
 
 
 def test_logits():

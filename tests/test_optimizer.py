@@ -1,6 +1,7 @@
-"""The optimizer against PyTorch's and against naive computation; the same step on many processes."""
+"""The optimizer against PyTorch's and naive computation; the same step on many processes."""
 import gc
 import math
+import multiprocessing
 
 import pytest
 import torch
@@ -109,6 +110,7 @@ def run_scaled(rank, world_size, folder):
     before = {k: v.clone() for k, v in (model.state_dict() | optimizer.state_dict()).items()}
     backward(model, 99, rank, world_size)
     if rank == world_size - 1:
+        model.gain.grad = torch.ones_like(model.gain)
         model.gain.grad[1] = math.inf
     assert not torch.isfinite(optimizer.step(loss_scale=1024.0))
     optimizer.zero_grad()
@@ -130,23 +132,32 @@ def small_gpt(dtype):
     return model
 
 
+# ranks → rows in a micro-batch; each cut deals the same 12 rows
+CUTS = {1: (1, 2, 3, 12), 2: (1, 2, 3, 6), 3: (1, 2, 4), 5: (1, 2), 7: (1,)}
+CASES = [(dtype, world_size, size) for dtype in TOLERANCE for world_size in CUTS
+         for size in CUTS[world_size] if dtype == torch.float64 or world_size < 5]
+
+
+def twelve_rows(step):
+    "Inputs and targets, (12, 12) each; rows of 0, 5, 10, 2, 7, 12, 4, 9, 1, 6, 11, 3 targets."
+    idx = torch.randint(30, (12, 13), generator=torch.Generator().manual_seed(step))
+    unused = torch.arange(12) >= (5 * torch.arange(12) % 13)[:, None]
+    return idx[:, :-1], idx[:, 1:].masked_fill(unused, -1)
+
+
 def run_train_step(rank, world_size, dtype, folder):
-    "Two steps of the real training step on six micro-batches; half the targets do not count."
-    model = small_gpt(dtype)
-    optimizer = setup_optimizer(model, rank=rank, world_size=world_size)
-    norms = []
-    for step in range(2):
-        generator = torch.Generator().manual_seed(step)
-        micro_batches = []
-        for i in range(6):
-            idx = torch.randint(30, (2, 13), generator=generator)
-            targets = idx[:, 1:].clone()
-            targets[:, 2 * i:] = -1              # 0, 4, 8, … 20 targets
-            micro_batches.append((idx[:, :-1], targets))
-        norms.append(train_step(model, optimizer, micro_batches[rank::world_size],
-                                world_size=world_size)[1])
-    save_file(model.state_dict() | {"norms": torch.tensor(norms, dtype=dtype)},
-              folder / f"train_step-{dtype}-{world_size}-{rank}.safetensors")
+    "Two steps of the real training step for each cut of the batch."
+    for size in CUTS[world_size]:
+        model = small_gpt(dtype)
+        optimizer = setup_optimizer(model, rank=rank, world_size=world_size)
+        numbers = []
+        for step in range(2):
+            micro_batches = list(zip(*(part.split(size) for part in twelve_rows(step))))
+            numbers += train_step(model, optimizer, micro_batches[rank::world_size])
+        result = {"losses": torch.tensor(numbers[::2], dtype=torch.float64),  # summed in fp32
+                  "norms": torch.tensor(numbers[1::2], dtype=torch.float64)}
+        save_file(model.state_dict() | result,
+                  folder / f"train_step-{dtype}-{world_size}-{size}-{rank}.safetensors")
 
 
 def worker(rank, world_size, folder):
@@ -157,7 +168,7 @@ def worker(rank, world_size, folder):
     for dtype in TOLERANCE if world_size < 5 else [torch.float64]:
         run(rank, world_size, dtype, folder)
     run_scaled(rank, world_size, folder)
-    for dtype in TOLERANCE if world_size < 5 else []:
+    for dtype in TOLERANCE if world_size < 5 else [torch.float64]:
         run_train_step(rank, world_size, dtype, folder)
     (folder / f"calls-{world_size}-{rank}").write_text("\n".join(calls))
     dist.destroy_process_group()
@@ -170,7 +181,8 @@ def record_collectives() -> list[str]:
 
     def recorded(name, function):
         def call(*args, **kwargs):
-            calls.append(f"{name} {[(tuple(a.shape), str(a.dtype)) for a in args if torch.is_tensor(a)]}")
+            tensors = [(tuple(a.shape), str(a.dtype)) for a in args if torch.is_tensor(a)]
+            calls.append(f"{name} {tensors}")
             return function(*args, **kwargs)
         return call
 
@@ -181,12 +193,21 @@ def record_collectives() -> list[str]:
     return calls
 
 
+def start_ranks(function, world_size, *args):
+    "`function(rank, world_size, *args)` in as many processes, which import torch once, together."
+    method = "spawn"
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        multiprocessing.set_forkserver_preload(["nanochat_nb.pretraining", "hypothesis", "pytest"])
+        method = "forkserver"
+    mp.start_processes(function, (world_size, *args), world_size, start_method=method)
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    "Weights after 6 steps on 1, 2, 3 and 5 ranks, straight and resumed."
+    "Weights after 6 steps on 1, 2, 3, 5 and 7 ranks, straight and resumed."
     folder = tmp_path_factory.mktemp("ranks")
-    for world_size in (2, 3, 5):
-        mp.spawn(worker, args=(world_size, folder), nprocs=world_size)
+    for world_size in (2, 3, 5, 7):
+        start_ranks(worker, world_size, folder)
     for dtype in TOLERANCE:
         run(0, 1, dtype, folder)
         run_train_step(0, 1, dtype, folder)
@@ -204,7 +225,7 @@ def distance(a, b):
 def test_ranks_agree(results, dtype, max_norm):
     name = f"{str(dtype)[6:]}-{max_norm}"
     expected = load_file(results / f"{name}-straight-1-0.safetensors")
-    for world_size in (1, 2, 3) if dtype == torch.float32 else (1, 2, 3, 5):
+    for world_size in (1, 2, 3) if dtype == torch.float32 else (1, 2, 3, 5, 7):
         for kind in ("straight", "resumed"):
             ranks = [load_file(results / f"{name}-{kind}-{world_size}-{rank}.safetensors")
                      for rank in range(world_size)]
@@ -213,7 +234,7 @@ def test_ranks_agree(results, dtype, max_norm):
                 "ranks hold different weights"
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 7])
 def test_loss_scale_cancels(results, world_size):
     "Also says that a step that met inf on one rank has changed nothing on any (see `run_scaled`)."
     expected = load_file(results / "float64-None-straight-1-0.safetensors")
@@ -221,18 +242,21 @@ def test_loss_scale_cancels(results, world_size):
     assert distance(scaled, expected) <= TOLERANCE[torch.float64]
 
 
-@pytest.mark.parametrize("dtype", list(TOLERANCE))
-def test_update_does_not_depend_on_how_the_batch_is_split(results, dtype):
-    "1 rank × 6 micro-steps, 2 × 3 and 3 × 2, with 0 to 20 targets in a micro-batch."
-    expected = load_file(results / f"train_step-{dtype}-1-0.safetensors")
+@pytest.mark.parametrize("dtype, world_size, size", CASES)
+def test_update_does_not_depend_on_how_the_batch_is_split(results, dtype, world_size, size):
+    "Micro-batches of `size` rows, dealt to the ranks, against one rank that takes row by row."
+    expected = load_file(results / f"train_step-{dtype}-1-1-0.safetensors")
     start = small_gpt(dtype).state_dict()
     assert all(not torch.equal(expected[k], start[k]) for k in start), "nothing was trained"
-    for world_size in (2, 3):
-        split = load_file(results / f"train_step-{dtype}-{world_size}-0.safetensors")
-        assert distance(split, expected) <= TOLERANCE[dtype]
+    for rank in range(world_size):
+        cut = load_file(results / f"train_step-{dtype}-{world_size}-{size}-{rank}.safetensors")
+        losses = cut.pop("losses")
+        reference = {k: v for k, v in expected.items() if k != "losses"}
+        assert distance(cut, reference) <= TOLERANCE[dtype], f"rank {rank}"
+        torch.testing.assert_close(losses, expected["losses"], rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 5])
+@pytest.mark.parametrize("world_size", [2, 3, 5, 7])
 def test_all_ranks_issue_the_same_collectives(results, world_size):
     "In another order they would wait for each other for ever on a GPU; in this one they cannot."
     calls = [(results / f"calls-{world_size}-{rank}").read_text() for rank in range(world_size)]
@@ -307,7 +331,8 @@ def shapes_optimizers(rows, matrices, world_size):
 
 
 def union(optimizers):
-    return {key: tensor for optimizer in optimizers for key, tensor in optimizer.state_dict().items()}
+    return {key: tensor for optimizer in optimizers
+            for key, tensor in optimizer.state_dict().items()}
 
 
 @settings(max_examples=60, deadline=None)
@@ -404,7 +429,7 @@ def test_muon_equals_torch(shape):
         optimizer.step()
         reference.step()
     for a, b, w in zip(ours, theirs, weights):
-        assert (a - b).norm() / (b - w).norm() < 0.02  # what bf16 rounding leaves open
+        assert (a - b).norm() / (b - w).norm() < 1e-3  # measured: 0
 
 
 @pytest.mark.parametrize("polynomials", [NEWTON_SCHULZ, POLAR_EXPRESS, POLAR_EXPRESS[:2]])
@@ -443,7 +468,8 @@ def test_polar_express():
     torch.testing.assert_close(torch.tensor(polar_express(5)), torch.tensor(POLAR_EXPRESS),
                                rtol=0, atol=1e-6)
     # without safety and from a narrow interval it ends as Newton's own quintic (15, −10, 3) / 8
-    assert polar_express(5, lower=0.1, safety=1.0)[-1] == pytest.approx((1.875, -1.25, 0.375), abs=1e-6)
+    assert polar_express(5, lower=0.1, safety=1.0)[-1] == pytest.approx(
+        (1.875, -1.25, 0.375), abs=1e-6)
     s = torch.logspace(-3, 0, 999, dtype=torch.float64)
     spread = {}
     for name, polynomials in {"newton": NEWTON_SCHULZ, "polar": POLAR_EXPRESS}.items():

@@ -3,8 +3,10 @@
 Each command runs as a user runs it: a process of its own, `python -m nanochat_nb.…`.
 """
 import json
+import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,10 +23,10 @@ TINY = ["--depth", "1", "--max_seq_len", "128", "--device_batch_size", "4", "--t
         "--eval_tokens", "4096", "--device_type", "cpu", "--compile", "0"]
 
 
-def command(base: Path, *args, ranks: int = 0) -> tuple[list[str], dict]:
+def command(base: Path, *args, ranks: int = 0, dtype: str = "float32") -> tuple[list[str], dict]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"] \
         if ranks else [sys.executable, "-m"]
-    env = {**os.environ, "NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1", "NANOCHAT_DTYPE": "float32",
+    env = {**os.environ, "NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1", "NANOCHAT_DTYPE": dtype,
            "PYTHONPATH": str(ROOT)}
     module, *flags = map(str, args)
     if ranks:
@@ -32,8 +34,9 @@ def command(base: Path, *args, ranks: int = 0) -> tuple[list[str], dict]:
     return [*launcher, module, *flags], env
 
 
-def run(base: Path, module: str, *args, ranks: int = 0, check: bool = True, cwd=None) -> subprocess.CompletedProcess:
-    argv, env = command(base, f"nanochat_nb.{module}", *args, ranks=ranks)
+def run(base: Path, module: str, *args, ranks: int = 0, check: bool = True, cwd=None,
+        dtype: str = "float32") -> subprocess.CompletedProcess:
+    argv, env = command(base, f"nanochat_nb.{module}", *args, ranks=ranks, dtype=dtype)
     done = subprocess.run(argv, env=env, cwd=cwd or base, capture_output=True, text=True, timeout=300)
     if check:
         assert done.returncode == 0, f"{module} {args}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
@@ -177,6 +180,28 @@ def test_killed_and_resumed_is_the_same_run(world, ranks):
     assert losses(world, straight)[39] == losses(world, broken)[39]
 
 
+def test_every_addition_in_half_precision(world):
+    "All of the model's options at once, in fp16: resumed to the same bits, finetuned, answering."
+    flags = ["pretraining", *TINY, "--depth", 2, "--num_iterations", 8, "--save_every", 4, "--model_tag", "rich",
+             "--extras", "all", "--window_pattern", "SL", "--activation_checkpointing", "--chunk_tokens", 100]
+    run(world, *flags, dtype="float16")
+    last = world / "checkpoints" / "base" / "rich" / "step_000008"
+    straight, meta = load_file(last / "model.safetensors"), json.loads((last / "meta.json").read_text())
+    assert meta["config"]["smear"] and meta["config"]["window_pattern"] == "SL"
+    skipped = math.log2(2.0**16 / meta["loss_scale"]["value"])             # each overflow halves it
+    assert skipped in range(4) and 0 < meta["loss_scale"]["good_steps"] <= 8 - skipped
+    assert any("value_embed" in name for name in straight) and "x0_lambdas" in straight
+    shutil.rmtree(last)
+    assert "resuming after step 4" in run(world, *flags, "--resume", dtype="float16").stdout
+    resumed = load_file(last / "model.safetensors")
+    assert all((straight[name] == resumed[name]).all() for name in straight)
+    assert json.loads((last / "meta.json").read_text())["loss_scale"] == meta["loss_scale"]
+    run(world, "finetuning", "--stage", "sft", "--source", "base", "--model_tag", "rich", "--num_iterations", 2,
+        "--device_batch_size", 4, "--device_type", "cpu", "--activation_checkpointing", "--chunk_tokens", 100,
+        dtype="float16")
+    assert run(world, "terminal", "--source", "sft", "--model_tag", "rich", "--prompt", "Hello", dtype="float16").stdout
+
+
 def test_resume_refuses_another_run(world, pipeline):
     done = run(pipeline, "pretraining", *TINY, "--num_iterations", 10, "--matrix_lr", 0.5, "--resume", check=False)
     assert done.returncode != 0 and "matrix_lr" in done.stderr and "Traceback" not in done.stderr
@@ -209,6 +234,9 @@ def test_bad_folder(world, tmp_path, fill, words):
     (["pretraining", *TINY[:-4], "--device_type", "tpu"], "tpu"),
     (["pretraining", "--depth", 0], "n_layer|depth"),
     (["pretraining", *TINY, "--total_batch_size", 1000], "multiple"),
+    (["pretraining", *TINY, "--extras", "smear,mud"], "no mud; expected some of value_embeds"),
+    (["pretraining", *TINY, "--window_pattern", "SX"], "only L and S"),
+    (["pretraining", *TINY, "--fp8"], "fp8"),
     (["finetuning", "--stage", "rlhf"], "mid, sft"),
     (["evaluation", "--source", "base", "--model_tag", "none"], "nanochat_nb.pretraining"),
     (["chat_eval", "--source", "sft", "--model_tag", "none"], "--stage sft"),
