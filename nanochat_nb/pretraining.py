@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .attention import KVCache, explain_backends
+from .attention import KVCache, explain_choice
 from .checkpoint import (checkpoint_folder, find_checkpoint, load_optimizer_state,
                                     load_weights, read_meta, save_checkpoint, set_rng_state)
 from .common import (Compute, RunLog, UserError, compute_cleanup, compute_init, metric,
@@ -409,10 +409,9 @@ def pretrain(
            f"{accum} micro-batch(es) of {device_batch_size} × {max_seq_len} "
            f"on {compute.world_size} rank(s); "
            f"rates {', '.join(f'{name} {value:g}' for name, value in rates.items())}")
-    windows = {config.window(layer) for layer in range(depth)} - {-1}
-    choice = explain_backends(compute.device.type, compute.dtype, config.head_dim, max_seq_len,
-                              max(windows, default=max_seq_len)).splitlines()[-1]
-    print0(f"attention in {choice if windows else choice.split(';')[0]}")
+    choice = explain_choice(compute.device.type, compute.dtype, config.head_dim, max_seq_len,
+                            max(config.window(layer) for layer in range(depth)))
+    print0(f"attention in {choice}")
     if done:
         print0(f"resuming after step {start}")
 

@@ -175,14 +175,14 @@ def test_fp8_refuses_other_gpus(hip, capability, monkeypatch):
 
 
 def test_small_gradients_survive_in_e5m2():
-    "Rows of dy from 1 down to 2⁻²⁰: those at 2⁻¹⁸ of the largest, which e4m3 would flush, count."
+    "Rows of dy from 1 down to 2⁻²⁰, which e4m3 would flush from 2⁻¹⁹ on."
     layer = Linear(128, 128)
     use_fp8(layer, emulate=True)
     x = torch.randn(21, 128, requires_grad=True)
     layer(x).backward(2.0 ** -torch.arange(21.0)[:, None] * torch.ones(128))
-    assert (x.grad[18] != 0).any()
-    exact = 2.0**-18 * layer.weight.detach().sum(0)
-    assert relative(x.grad[18], exact) < 2 * HALF_ULP["e4m3"] * 128**0.5
+    for row in (18, 19, 20):
+        exact = 2.0**-row * layer.weight.detach().sum(0)
+        assert relative(x.grad[row], exact) < 2 * HALF_ULP["e4m3"]
 
 
 @pytest.mark.parametrize("x_learns, w_learns", [(True, False), (False, True)])
