@@ -203,12 +203,12 @@ def should_compile(
     compute: Compute,
     tokens: int,          # that one rank will train on
 ) -> bool:
-    "Whether compiling pays: on CUDA always, on a CPU from 400,000 tokens on, given a compiler."
+    "Whether compiling pays: on CUDA always, on a CPU from a million tokens on, given a compiler."
     if flag in (0, 1):
         return bool(flag)
     if compute.device.type == "cuda":
         return True
-    return compute.device.type == "cpu" and tokens >= 400_000 and shutil.which("g++") is not None
+    return compute.device.type == "cpu" and tokens >= 1_000_000 and shutil.which("g++") is not None
 
 
 def grad_accum(
