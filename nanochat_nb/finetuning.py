@@ -82,8 +82,8 @@ def finetune(
     settings["source_model"] = source_meta["files"]["model.safetensors"]["sha256"]
     model.train()
     model.recompute = activation_checkpointing
-    model.chunk_tokens = (chunk_tokens if chunk_tokens >= 0 else
-                          logits_at_a_time(compute.device.type, model.config.vocab_size))
+    model.chunk_tokens = logits_at_a_time(compute.device.type, model.config.vocab_size,
+                                          chunk_tokens)
     tag, T = source_meta["tag"], model.config.sequence_len
 
     def render(conversation: dict) -> tuple[list[int], list[int]]:

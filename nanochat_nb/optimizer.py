@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NEWTON_SCHULZ', 'POLAR_EXPRESS', 'MAX_STACK', 'DEFAULTS', 'adamw_update', 'best_quintic', 'polar_express',
            'orthogonalize', 'equalize', 'muon_update', 'deal', 'rows', 'Bundle', 'make_bundles', 'MuonAdamW',
-           'setup_optimizer', 'clip_grad_norm', 'lr_schedule', 'momentum_schedule']
+           'setup_optimizer', 'lr_schedule', 'momentum_schedule']
 
 # %% ../nbs/04_optimizer.ipynb #imports
 import math
@@ -385,6 +385,8 @@ class MuonAdamW:
 
         With `max_norm` or a `loss_scale`, a norm that is not finite changes no weight and no state.
         """
+        if max_norm is not None and not max_norm > 0:
+            raise UserError(f"max_norm={max_norm} must be above 0; to switch clipping off, omit it.")
         for bundle in self.bundles:
             bundle.send_gradients()
         norm = None
@@ -526,26 +528,6 @@ def setup_optimizer(
     return optimizer
 
 # %% ../nbs/04_optimizer.ipynb #clipping-and-schedules
-@torch.no_grad()
-def clip_grad_norm(
-    params,                 # parameters whose gradients are scaled in place
-    max_norm: float = 1.0,  # L2 norm over all gradients together
-) -> Tensor:                # () the norm before clipping
-    """Scale gradients so that their joint norm is at most `max_norm` (arXiv:1211.5063).
-
-    For complete gradients; on several ranks `MuonAdamW.step(max_norm=…)` clips their sum.
-    """
-    if not max_norm > 0:
-        raise UserError(f"max_norm={max_norm} must be above 0; to switch clipping off, omit it.")
-    grads = [p.grad for p in params if p.grad is not None]
-    if not grads:
-        return torch.zeros(())
-    norm = torch.stack([grad.square().sum() for grad in grads]).sum().sqrt()
-    for grad in grads:
-        grad.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
-    return norm
-
-# %% ../nbs/04_optimizer.ipynb #lr_schedule
 def lr_schedule(
     step: int,                    # 0 … num_iterations
     num_iterations: int,          # optimizer steps of the whole run

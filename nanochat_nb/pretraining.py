@@ -370,8 +370,7 @@ def pretrain(
     model = GPT(config).init_weights(seed).to(compute.device)
     model.compute_dtype = compute.dtype
     model.recompute = activation_checkpointing
-    model.chunk_tokens = (chunk_tokens if chunk_tokens >= 0 else
-                          logits_at_a_time(compute.device.type, config.vocab_size))
+    model.chunk_tokens = logits_at_a_time(compute.device.type, config.vocab_size, chunk_tokens)
     if fp8 and not use_fp8(model):
         raise UserError(f"fp8 is for matrices at least 128 wide, and depth {depth} has none; leave "
                         "it out, or train a deeper model.")

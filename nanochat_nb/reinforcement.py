@@ -23,6 +23,7 @@ from .engine import Engine, fit_prompt
 from .gpt import GPT
 from .optimizer import MuonAdamW, setup_optimizer
 from .pretraining import override_rates, peak_memory_gb, resume_run, train_step
+from .scaling import logits_at_a_time
 from .tasks import Task, available_tasks, load_task
 
 # %% ../nbs/08_reinforcement.ipynb #from-arms-to-answers
@@ -175,6 +176,7 @@ def reinforce(
                         "try 8.")
     model, tokenizer, source_meta = load_model("sft", compute, model_tag, source_step)
     settings["source_model"] = source_meta["files"]["model.safetensors"]["sha256"]
+    model.chunk_tokens = logits_at_a_time(compute.device.type, model.config.vocab_size)
     tag, engine = source_meta["tag"], Engine(model, tokenizer)
     if num_iterations == -1:
         num_iterations = max(1, round(num_epochs * len(train_task) / examples_per_step))

@@ -102,10 +102,13 @@ ENOUGH_TOKENS = 8192  # at a time, to keep a GPU busy (an assumption)
 
 
 def logits_at_a_time(
-    device_type: str,   # "cuda", "mps" or "cpu"
-    vocab_size: int,    # V
-) -> int:               # tokens
+    device_type: str,         # "cuda", "mps" or "cpu"
+    vocab_size: int,          # V
+    chunk_tokens: int = -1,   # as asked for; −1: decide
+) -> int:                     # tokens; 0: all
     "Tokens whose logits a loss should hold: few are fastest on a CPU, a GPU gets 0.5 GB of them."
+    if chunk_tokens >= 0:
+        return chunk_tokens
     return 512 if device_type == "cpu" else max(2**27 // vocab_size, 1)
 
 

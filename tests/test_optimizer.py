@@ -15,8 +15,8 @@ from torch import nn
 from nanochat_nb.common import UserError
 from nanochat_nb.gpt import GPT, GPTConfig
 from nanochat_nb.optimizer import (DEFAULTS, NEWTON_SCHULZ, POLAR_EXPRESS, MuonAdamW, adamw_update,
-                                   best_quintic, clip_grad_norm, deal, equalize, lr_schedule,
-                                   make_bundles, momentum_schedule, muon_update, orthogonalize,
+                                   best_quintic, deal, equalize, lr_schedule, make_bundles,
+                                   momentum_schedule, muon_update, orthogonalize,
                                    polar_express, setup_optimizer)
 from nanochat_nb.pretraining import train_step
 
@@ -582,19 +582,23 @@ def test_not_finite_norm_changes_nothing():
     assert all(torch.equal(before[k], v) for k, v in optimizer.state_dict().items())
 
 
-def test_clip_grad_norm_equals_torch():
+def test_clipping_equals_torch():
     torch.manual_seed(0)
-    ours = [nn.Parameter(torch.zeros(n, 3)) for n in (1, 4)]
-    theirs = [nn.Parameter(torch.zeros(n, 3)) for n in (1, 4)]
-    for a, b in zip(ours, theirs):
-        a.grad = torch.randn_like(a) * 10
-        b.grad = a.grad.clone()
-    torch.testing.assert_close(clip_grad_norm(ours, 1.0),
-                               torch.nn.utils.clip_grad_norm_(theirs, 1.0))
-    for a, b in zip(ours, theirs):
-        torch.testing.assert_close(a.grad, b.grad)
+    ours = [nn.Parameter(torch.ones(n, 3)) for n in (1, 4)]
+    theirs = [nn.Parameter(torch.ones(n, 3)) for n in (1, 4)]
+    optimizer = MuonAdamW([{"kind": "adamw", "lr": 0.1, "eps": 1e-2,       # so that sizes matter
+                            "params": [("a", ours[0]), ("b", ours[1])]}])
+    reference = torch.optim.AdamW(theirs, lr=0.1, betas=(0.8, 0.95), eps=1e-2, weight_decay=0.0)
+    for max_norm in (1.0, 1e9):
+        for a, b in zip(ours, theirs):
+            b.grad = torch.randn_like(a) * 10
+            a.grad = b.grad.clone()
+        torch.testing.assert_close(optimizer.step(max_norm=max_norm),
+                                   nn.utils.clip_grad_norm_(theirs, max_norm))
+        reference.step()
+        torch.testing.assert_close(ours, theirs)
     with pytest.raises(UserError, match="above 0"):
-        clip_grad_norm(ours, 0.0)
+        optimizer.step(max_norm=0.0)
 
 
 def test_bad_groups():
