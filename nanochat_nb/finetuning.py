@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 
 from .chat import render_conversation
-from .checkpoint import load_model, save_checkpoint
+from .checkpoint import Saver, load_model
 from .common import (RunLog, UserError, compute_cleanup, compute_init, print0,
                                 run_cli, write_report_section)
 from .dataloader import ConversationLoader
 from .dataset import resolve_data_dir
 from .optimizer import lr_schedule, setup_optimizer
-from .pretraining import (fit, grad_accum, override_rates, peak_memory_gb, resume_run,
+from .pretraining import (fit, override_rates, peak_memory_gb, resume_run,
                                      should_compile)
 from .scaling import logits_at_a_time
 from .tasks import load_conversations, mid_mixture, sft_mixture
@@ -68,6 +68,7 @@ def finetune(
     seed: int = 42,                   # of the order of conversations
     activation_checkpointing: bool = False,  # less memory: make activations again, do not keep them
     chunk_tokens: int = -1,           # tokens whose logits the loss holds; 0: all, -1: as suits
+    rank_timeout: float = 600,        # seconds that ranks wait for each other before they give up
 ) -> float:                           # validation loss, nats per taught token
     "Mid-training or supervised finetuning on conversations and tasks; returns the validation loss."
     settings = dict(locals())
@@ -75,7 +76,7 @@ def finetune(
         raise UserError(f"stage={stage!r} is not one of {', '.join(STAGES)}.")
     default_source, order, make_mixture, default_frac = STAGES[stage]
     source = source or default_source
-    compute = compute_init(device_type, seed)
+    compute = compute_init(device_type, seed, rank_timeout)
     ranks = compute.rank, compute.world_size
     data = resolve_data_dir(data_dir)
     model, tokenizer, source_meta = load_model(source, compute, model_tag, source_step)
@@ -101,7 +102,7 @@ def finetune(
     settings["total_batch_size"] = total_batch_size
     rates = override_rates(total_batch_size, matrix_lr, embedding_lr, unembedding_lr, frac)
     optimizer = setup_optimizer(model, **rates, rank=compute.rank, world_size=compute.world_size)
-    done = resume_run(stage, tag, settings, model, optimizer) if resume else None
+    done = resume_run(stage, tag, settings, model, optimizer, tokenizer) if resume else None
     start = done["step"] if done else 0
     mixture = make_mixture(data)
     loader = make_loader(mixture, done and done["loader"])
@@ -126,17 +127,17 @@ def finetune(
     def evaluate(step: int) -> dict:
         return {"val_loss": conversation_loss(model, val_batches, compute.world_size)}
 
-    def save(step: int) -> None:
-        meta = {"settings": settings, "num_iterations": num_iterations,
+    def describe() -> dict:
+        return {"settings": settings, "num_iterations": num_iterations,
                 "loader": loader.state_dict(), "tokenizer_fingerprint": tokenizer.fingerprint()}
-        save_checkpoint(stage, tag, step, model, optimizer, meta,
-                        rank=compute.rank, world_size=compute.world_size)
 
     rank_tokens = num_iterations * total_batch_size // compute.world_size
-    result = fit(model, optimizer, loader, compute, num_iterations, accum, start,
-                 schedule=lambda step: lr_schedule(step, num_iterations, 0.0, warmdown_ratio),
-                 evaluate=evaluate, eval_every=eval_every, save=save, save_every=save_every,
-                 log=RunLog(run or stage), compile=should_compile(compile, compute, rank_tokens))
+    with Saver(stage, tag, *ranks) as saver:
+        result = fit(model, optimizer, loader, compute, num_iterations, accum, start,
+                     schedule=lambda step: lr_schedule(step, num_iterations, 0.0, warmdown_ratio),
+                     evaluate=evaluate, eval_every=eval_every, saver=saver, describe=describe,
+                     save_every=save_every, log=RunLog(run or stage), rank_timeout=rank_timeout,
+                     compile=should_compile(compile, compute, model.config, rank_tokens))
     val_loss = result["history"][-1]["val_loss"]
     write_report_section(
         f"{stage}-training", order, settings=settings,

@@ -213,9 +213,11 @@ class GPT(nn.Module):
     def init_weights(self, seed: int | None = None) -> "GPT":
         "Draw all weights anew; with a seed, always the same ones on one kind of device."
         c, generator = self.config, None
-        if seed is not None and self.device.type != "meta":
-            generator = torch.Generator(self.device).manual_seed(seed)
         self.cos, self.sin = rotary_tables(c.sequence_len, c.head_dim, c.rope_base, self.device)
+        if self.device.type == "meta":            # nothing to draw, and asking would take 3 s
+            return self
+        if seed is not None:
+            generator = torch.Generator(self.device).manual_seed(seed)
         for module in self.modules():
             if isinstance(module, Linear):
                 n_out, n_in = module.weight.shape

@@ -380,10 +380,12 @@ class MuonAdamW:
         muon_momentum: float | None = None,  # instead of the Muon groups' own
         max_norm: float | None = None,       # clip the joint norm of the summed gradients
         loss_scale: float = 1.0,             # the gradients are of the loss times this (fp16)
+        refuse_above: float = math.inf,      # with `max_norm`: a larger norm changes nothing
     ) -> Tensor | None:  # () that norm, unscaled, before clipping; None without max_norm and scale
         """Update all parameters, and take their gradients away.
 
-        With `max_norm` or a `loss_scale`, a norm that is not finite changes no weight and no state.
+        With `max_norm` or a `loss_scale`, a norm that is not finite changes no weight and no state,
+        and neither does one above `refuse_above`: the same decision on every rank.
         """
         if max_norm is not None and not max_norm > 0:
             raise UserError(f"max_norm={max_norm} must be above 0; to switch clipping off, omit it.")
@@ -392,7 +394,7 @@ class MuonAdamW:
         norm = None
         if max_norm is not None or loss_scale != 1:
             norm = self._scale_gradients(math.inf if max_norm is None else max_norm, loss_scale)
-            if not torch.isfinite(norm):
+            if not (math.isfinite(norm) and norm.item() <= refuse_above):
                 self.zero_grad()
                 return norm
         for bundle in self.bundles:  # the weights of one travel while the next is computed

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .common import UserError
+from .common import Diverged, UserError
 
 # %% ../nbs/03c_precision.ipynb #an-update-that-is-swallowed
 class LossScaler:
@@ -42,7 +42,7 @@ class LossScaler:
         elif self.good_steps >= self.patience:
             self.value, self.good_steps = 2 * self.value, 0
         if self.value < 1:
-            raise UserError("gradients are infinite or NaN even without loss scaling: the run has "
+            raise Diverged("gradients are infinite or NaN even without loss scaling: the run has "
                             "diverged; lower the learning rates, or train in bf16 or fp32.")
 
     def state_dict(self) -> dict:

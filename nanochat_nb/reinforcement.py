@@ -20,6 +20,7 @@ from .common import (Compute, RunLog, UserError, compute_cleanup, compute_init, 
                                 run_cli, write_report_section)
 from .dataset import resolve_data_dir
 from .engine import Engine, fit_prompt
+from .faults import Stopped, StopSignals, wait_for_all
 from .gpt import GPT
 from .optimizer import MuonAdamW, setup_optimizer
 from .pretraining import override_rates, peak_memory_gb, resume_run, train_step
@@ -198,42 +199,49 @@ def reinforce(
         return accuracy
     print0(f"rl: {name}, {num_iterations} steps of {examples_per_step} problems "
            f"× {num_samples} rollouts")
+    log.rewind(start)
     before = accuracy = evaluate()
     print0(f"step {start:4d}/{num_iterations} | test {accuracy:.3f}")
     log.write(step=start, accuracy=accuracy)
     share = examples_per_step // compute.world_size
-    for step in range(start, num_iterations):
-        step_started = time.time()
-        first = step * examples_per_step + compute.rank * share
-        problems = [train_task[i % len(train_task)] for i in range(first, first + share)]
-        model.eval()
-        groups = collect_rollouts(engine, problems, train_task, num_samples, max_new_tokens,
-                                  temperature, top_k, seed + 1_000_003 * step + compute.rank)
-        model.train()
-        taught = policy_step(model, optimizer, groups, device_batch_size, 1 - step / num_iterations,
-                             tokenizer.bos, compute)
-        reward = torch.tensor([r.reward for group in groups for r in group]).mean()
-        reward = reward.to(compute.device)
-        if compute.world_size > 1:
-            dist.all_reduce(reward)
-            reward /= compute.world_size     # every rank has as many rollouts
-        log.write(step=step, reward=reward.item(), grad_norm=taught[1] if taught else 0.0)
-        if step % 5 == 0 or step == num_iterations - 1:
-            passed = time.time() - started
-            eta = passed / (step + 1 - start) * (num_iterations - start)
-            print0(f"step {step + 1:4d}/{num_iterations} | reward {reward.item():.3f} | "
-                   f"{1000 * (time.time() - step_started):.0f} ms | "
-                   f"{passed / 60:.1f} of {eta / 60:.1f} min")
-        last = step + 1 == num_iterations
-        if last or (save_every > 0 and (step + 1) % save_every == 0):
-            meta = {"settings": settings, "num_iterations": num_iterations,
-                    "loader": {}, "tokenizer_fingerprint": tokenizer.fingerprint()}
-            save_checkpoint("rl", tag, step + 1, model, optimizer, meta,
-                            rank=compute.rank, world_size=compute.world_size)
-        if last or (eval_every > 0 and (step + 1) % eval_every == 0):
-            accuracy = evaluate()
-            print0(f"step {step + 1:4d}/{num_iterations} | test {accuracy:.3f}")
-            log.write(step=step + 1, accuracy=accuracy)
+    with StopSignals() as stop:
+        for step in range(start, num_iterations):
+            step_started = time.time()
+            first = step * examples_per_step + compute.rank * share
+            problems = [train_task[i % len(train_task)] for i in range(first, first + share)]
+            model.eval()
+            groups = collect_rollouts(engine, problems, train_task, num_samples, max_new_tokens,
+                                      temperature, top_k, seed + 1_000_003 * step + compute.rank)
+            model.train()
+            taught = policy_step(model, optimizer, groups, device_batch_size,
+                                 1 - step / num_iterations, tokenizer.bos, compute)
+            rewards = [r.reward for group in groups for r in group]
+            sums = torch.tensor([sum(rewards) / len(rewards), stop.requested],
+                                device=compute.device)
+            if compute.world_size > 1:
+                dist.all_reduce(sums)            # every rank has as many rollouts
+            reward, stops = wait_for_all(sums / compute.world_size)
+            stop.agreed = stops > 0
+            log.write(step=step, reward=reward, grad_norm=taught[1] if taught else 0.0)
+            if step % 5 == 0 or step == num_iterations - 1:
+                passed = time.time() - started
+                eta = passed / (step + 1 - start) * (num_iterations - start)
+                print0(f"step {step + 1:4d}/{num_iterations} | reward {reward:.3f} | "
+                       f"{1000 * (time.time() - step_started):.0f} ms | "
+                       f"{passed / 60:.1f} of {eta / 60:.1f} min")
+            last = step + 1 == num_iterations
+            if last or stop.agreed or (save_every > 0 and (step + 1) % save_every == 0):
+                meta = {"settings": settings, "num_iterations": num_iterations,
+                        "loader": {}, "tokenizer_fingerprint": tokenizer.fingerprint()}
+                save_checkpoint("rl", tag, step + 1, model, optimizer, meta,
+                                rank=compute.rank, world_size=compute.world_size)
+            if stop.agreed and not last:
+                raise Stopped(f"{stop.cause}: stopped after step {step + 1} of {num_iterations}, "
+                              "saved; start it again with --resume")
+            if last or (eval_every > 0 and (step + 1) % eval_every == 0):
+                accuracy = evaluate()
+                print0(f"step {step + 1:4d}/{num_iterations} | test {accuracy:.3f}")
+                log.write(step=step + 1, accuracy=accuracy)
     write_report_section(
         "rl-training", 9, settings=settings,
         results={"task": name, "steps": num_iterations, "test accuracy before": before,

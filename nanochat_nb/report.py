@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'show_metric', 'escape_cell', 'defuse', 'describe_machine', 'describe_versions', 'code_size',
-           'read_sections', 'collect_metrics', 'summary_table', 'stage_seconds', 'show_seconds', 'render_report',
-           'make_report']
+           'read_sections', 'collect_metrics', 'summary_table', 'stage_seconds', 'show_seconds', 'estimate_table',
+           'render_report', 'make_report']
 
 # %% ../nbs/09c_report.ipynb #imports
 import datetime
@@ -198,6 +198,36 @@ def show_seconds(seconds: float | None) -> str:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
+# %% ../nbs/09c_report.ipynb #what-was-expected
+def _number(value) -> float:
+    "A finite number as it is, anything else as NaN."
+    fine = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return value if fine else math.nan
+
+
+def estimate_table(
+    results: dict,  # of a section; "estimates" in it uses the names of what came out
+) -> list[str]:     # lines of Markdown; none where nothing was estimated
+    "What a stage was expected to take beside what it took."
+    estimates = results.get("estimates")
+    if not isinstance(estimates, dict):
+        return []
+    planned = {name: _number(value) for name, value in estimates.items()}
+    actual = {name: _number(results.get(name)) for name in planned}
+    if planned.get("seconds") and planned.get("dollars"):
+        actual["dollars"] = planned["dollars"] * actual["seconds"] / planned["seconds"]
+    lines = ["| expected | estimate | actual | actual ÷ estimate |", "|:---|---:|---:|---:|"]
+    for name, label, show in (
+            ("tokens", "tokens", "{:,.0f}".format), ("flops", "FLOPs", "{:.3g}".format),
+            ("peak_memory_gb", "peak memory", "{:.2f} GB".format),
+            ("seconds", "time", show_seconds), ("dollars", "cost", "${:,.2f}".format)):
+        if math.isfinite(planned.get(name, math.nan)) and planned[name] > 0:
+            found = actual[name]
+            known = math.isfinite(found)
+            lines.append(f"| {label} | {show(planned[name])} | {show(found) if known else '—'} | "
+                         f"{f'{found / planned[name]:.2f}' if known else '—'} |")
+    return [*lines, ""] if len(lines) > 2 else []
+
 # %% ../nbs/09c_report.ipynb #the-page
 def _show_value(value) -> str:
     "A setting or result for people: thousands separated, four significant digits."
@@ -251,7 +281,10 @@ def render_report(
         for column, entries in section["metrics"].items():
             lines += [f"| metric | {escape_cell(column)} |", "|:---|---:|",
                       *(f"| {escape_cell(n)} | {show_metric(e)} |" for n, e in entries.items()), ""]
-        lines += _table("result", section["results"]) + _table("setting", section["settings"])
+        results = section["results"]
+        lines += estimate_table(results)
+        lines += _table("result", {name: v for name, v in results.items() if name != "estimates"})
+        lines += _table("setting", section["settings"])
         if section["text"].strip():
             lines += [defuse(section["text"].strip("\n")), ""]
     return "\n".join(lines).rstrip() + "\n"

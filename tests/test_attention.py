@@ -15,12 +15,12 @@ from torch.nn.attention import varlen
 
 from nanochat_nb import attention as module
 from nanochat_nb.attention import (BACKENDS, KVCache, attention, attention_naive, attention_pieces,
-                                   choose_backend, explain_backends, piece_length)
+                                   attention_strips, choose_backend, explain_backends, piece_length)
 from nanochat_nb.common import UserError
 
 torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
 
-ON_CPU = [None, "sdpa", "sdpa.math", "sdpa.flash", "pieces"]
+ON_CPU = [None, "sdpa", "sdpa.math", "sdpa.flash", "pieces", "strips"]
 # examples are not kept between runs: a failing one is printed, and belongs into a test of its own
 quick = settings(deadline=None, database=None, derandomize=True, max_examples=60)
 
@@ -112,6 +112,15 @@ shapes = st.fixed_dictionaries(dict(
 def test_backends_equal_the_formula(shape, groups, window, backend):
     inputs = tensors(H=groups * shape["K"], grad=True, **shape)
     ours = with_gradients(lambda q, k, v: attention(q, k, v, window, backend), inputs)
+    theirs = with_gradients(lambda q, k, v: attention_naive(q, k, v, window), inputs)
+    assert largest_difference(ours, theirs) < 1e-12
+
+
+@quick
+@given(st.integers(1, 60), st.integers(-1, 70), st.integers(1, 70))
+def test_strips_of_any_length(T, window, strip):
+    inputs = tensors(T, 4, 2, 3, grad=True)
+    ours = with_gradients(lambda q, k, v: attention_strips(q, k, v, window, strip), inputs)
     theirs = with_gradients(lambda q, k, v: attention_naive(q, k, v, window), inputs)
     assert largest_difference(ours, theirs) < 1e-12
 
@@ -237,7 +246,7 @@ def check_bf16(device, backend, T, window, K):
         assert (a.double() - b).norm() < 4 * torch.finfo(torch.bfloat16).eps * size
 
 
-@pytest.mark.parametrize("backend", [None, "sdpa", "sdpa.flash", "sdpa.math", "pieces"])
+@pytest.mark.parametrize("backend", [None, "sdpa", "sdpa.flash", "sdpa.math", "pieces", "strips"])
 def test_bf16_gradients(backend):
     for T, window, K in [(1, -1, 4), (37, 0, 2), (300, -1, 2), (300, 70, 4)]:
         check_bf16("cpu", backend, T, window, K)
@@ -289,6 +298,15 @@ def test_rule(facts, full, windowed):
     for window, expected in [(-1, full), (T // 4, windowed), (0, windowed), (T - 2, windowed),
                              (T - 1, full), (T, full), (10 * T, full)]:
         assert choose_backend(*facts[:4], window, *facts[4:]) == expected
+        compiled = choose_backend(*facts[:4], window, *facts[4:], compiling=True)
+        assert compiled == ("strips" if facts[0] == "cpu" else expected)
+
+
+def test_strips_only_while_their_weights_are_small():
+    for T, full, windowed in [(1, "strips", "strips"), (2048, "strips", "strips"),
+                              (2049, "sdpa", "pieces")]:
+        for window, expected in [(-1, full), (T // 4, windowed)]:
+            assert choose_backend("cpu", bf16, 64, T, window, compiling=True) == expected
 
 
 @quick
@@ -408,7 +426,7 @@ def test_heads_that_do_not_divide():
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("window", [-1, 70])
 def test_compiled_equals_eager(window):
-    "One graph without breaks, forward and backward; from the second T on, T is a symbol in it."
+    "One graph without breaks, forward and backward, for every T."
     def layer(q, k, v):
         return attention(q * 1.5, k, v, window)
 
