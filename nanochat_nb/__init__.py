@@ -27,6 +27,7 @@ marked `*`, companions stand below their lesson.
   * pretraining     bits per byte, the training loop, base models
     checkpoint      atomic, checksummed, resumable at any number of ranks
     scaling         depth → width, batch, rates, horizon; what a run will cost
+    faults          what ends a run, told in one line: NaN, a lost rank, a signal, memory
   * evaluation      CORE, bits per byte, samples
     engine          prefill, decode, sampling, many requests in one batch, streaming
   * finetuning      mid-training and supervised finetuning

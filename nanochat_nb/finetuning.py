@@ -19,7 +19,7 @@ from .dataset import resolve_data_dir
 from .optimizer import lr_schedule, setup_optimizer
 from .pretraining import (fit, override_rates, peak_memory_gb, resume_run,
                                      should_compile)
-from .scaling import logits_at_a_time
+from .scaling import grad_accum, logits_at_a_time
 from .tasks import load_conversations, mid_mixture, sft_mixture
 
 # %% ../nbs/07_finetuning.ipynb #packing-without-starving

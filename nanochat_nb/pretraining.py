@@ -58,7 +58,7 @@ def evaluate_bpb(
     if world_size > 1:
         sums = sums.to(model.device if dist.get_backend() == "nccl" else "cpu")
         dist.all_reduce(sums)
-    nats, num_bytes = sums.tolist()
+    nats, num_bytes = wait_for_all(sums)
     if not num_bytes:
         raise UserError("no text to evaluate on: the validation part, the last shard, is empty.")
     return nats / (math.log(2) * num_bytes)
@@ -83,6 +83,7 @@ def train_step(
     count = sum((targets >= 0).sum() for _, targets, *_ in micro_batches).float()
     if world_size > 1:
         dist.all_reduce(count)
+        wait_for_all(count)                             # here the watchdog sees who waits
     count = count.clamp(min=1)
     scaler = optimizer.scaler                           # None unless the model computes in fp16
     scale = scaler.value if scaler else 1.0
@@ -434,9 +435,9 @@ def pretrain(
                     total_batch_size, num_iterations, mean, micro_rows(compute, max_seq_len),
                     matrix_lr=matrix_lr, embedding_lr=embedding_lr, unembedding_lr=unembedding_lr,
                     weight_decay=weight_decay)
-    settings["total_batch_size"], steps = run_of.batch, run_of.steps
+    settings |= {"total_batch_size": run_of.batch, "extras": ",".join(additions(extras))}
     eval_tokens = eval_tokens if eval_tokens > 0 else max(20 * run_of.batch, 2**17)
-    tag, ranks = model_tag or f"d{depth}", (compute.rank, compute.world_size)
+    tag, ranks, steps = model_tag or f"d{depth}", (compute.rank, compute.world_size), run_of.steps
     rows = run_of.device_batch_size, max_seq_len, *ranks       # of a micro-batch, and whose
 
     held_gb = peak_memory_gb(compute) if compute.device.type == "cpu" else 0.0

@@ -118,10 +118,10 @@ def batch_tokens(
 def batch_for_steps(
     steps: int,  # of a run whose length is given in steps
 ) -> int:        # a power of two
-    "The largest batch that `batch_tokens` gives to a run of so many steps."
+    "The smallest batch that `batch_tokens` gives to a run of so many steps."
     batch = MIN_BATCH
-    while 2 * batch <= batch_tokens(2 * batch * steps):
-        batch *= 2
+    while (wanted := batch_tokens(batch * steps)) > batch:
+        batch = wanted
     return batch
 
 
@@ -136,7 +136,7 @@ def learning_rates(
 def weight_decay_for(
     matrix_lr: float,
     steps: int,           # of the whole run
-    mean: float = 0.8,    # of the schedule's multipliers over the run
+    mean: float = 0.675,  # of the schedule's multipliers over the run
 ) -> float:               # of the matrices, as `setup_optimizer` takes it
     "2 ÷ (rate × steps × the schedule's mean): over a run, what nothing pushes shrinks by e²."
     return FORGETTING / max(matrix_lr * steps * mean, FORGETTING)   # at most 1
@@ -220,7 +220,7 @@ def recipe(
     device_batch_size: int = -1,   # sequences per rank and micro-batch; −1: as many as fit evenly
     total_batch_size: int = -1,    # tokens per step; −1: by the rule
     num_iterations: int = -1,      # steps; −1: by the rule
-    schedule_mean: float = 0.8,    # of the multipliers of the rates over the run
+    schedule_mean: float = 0.675,  # of the multipliers of the rates over the run
     most: int = 32,                # sequences per micro-batch, where the rule decides
     **rates: float,                # matrix_lr, embedding_lr, unembedding_lr, weight_decay; −1: rule
 ) -> Recipe:
@@ -348,7 +348,8 @@ def peak_flops(
     if device := known_device(compute):
         return device.peak
     n = 4096 if compute.device.type == "cuda" else 1024
-    a = torch.randn(n, n, device=compute.device).to(compute.dtype)
+    generator = torch.Generator(compute.device).manual_seed(0)   # a run's own dice stay as they are
+    a = torch.randn(n, n, device=compute.device, generator=generator).to(compute.dtype)
     best = float("inf")
     for _ in range(10):
         start = time.perf_counter()
