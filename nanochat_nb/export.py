@@ -70,7 +70,7 @@ def hf_config(
     if extras:
         listed = ", ".join(f"{name}={value!r}" for name, value in extras.items())
         raise UserError(f"the stock NanoChat architecture cannot express {listed}; train with "
-                        "these turned off to export a model.")
+                        "--extras none --window_pattern L to export a model.")
     return {
         "architectures": ["NanoChatForCausalLM"], "model_type": "nanochat", "dtype": dtype,
         "vocab_size": config.vocab_size, "hidden_size": config.n_embd,

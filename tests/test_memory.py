@@ -170,9 +170,9 @@ def test_the_peak_is_a_maximum_and_parts_add_up():
 
 
 def test_a_plan_names_the_flags_with_which_it_fits():
-    alone = plan(20, "RTX4090")
+    alone = plan(20, "RTX4090", extras="none")
     assert alone.memory["total"] <= FILL * 24e9 and not alone.recompute
-    tight = plan(20, "RTX4090", device_batch_size=32)
+    tight = plan(20, "RTX4090", device_batch_size=32, extras="none")
     assert tight.memory["total"] <= FILL * 24e9
     assert "--device_batch_size 32 --activation_checkpointing" in str(tight)
     assert "--activation_checkpointing" not in str(plan(12, "8xH100"))

@@ -127,7 +127,7 @@ def test_two_ranks_train_one_model(world):
     tiny = [*TINY, "--num_iterations", 12]
     run(world, "pretraining", *tiny, "--model_tag", "one", "--run", "one")
     done = run(world, "pretraining", *tiny, "--model_tag", "two", "--run", "two", ranks=2)
-    assert "on 2 rank(s)" in done.stdout
+    assert "float32 on 2 × cpu" in done.stdout
     assert done.stdout.count("step     1/12") == 1                # one log, not two
     one, two = losses(world, "one"), losses(world, "two")
     assert one.keys() == two.keys() == set(range(12))
