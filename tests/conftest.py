@@ -24,6 +24,16 @@ def base_dir(tmp_path, monkeypatch) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    "The module's tests run in one thread, whatever the machine has."
+    import torch
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     "The folder of real text and tasks that NANOCHAT_TEST_DATA names; skips where there is none."

@@ -37,13 +37,7 @@ MICRO_BATCH = {1: 12, 2: 6, 3: 6}                    # rows on all ranks togethe
 HALF, END = 15, 30                                   # steps; an epoch is about 20
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    "As in the ranks."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")   # as in the ranks
 
 
 # ------------------------------------------------------------------------ what ranks do

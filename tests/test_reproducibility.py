@@ -41,13 +41,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 CPU = Compute(torch.device("cpu"), torch.float32)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    "Sums of another number of threads may be rounded otherwise."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")   # others may round sums otherwise
 
 
 # ----------------------------------------------------------------------- the same again
