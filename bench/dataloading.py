@@ -173,8 +173,9 @@ def main() -> None:
     sample = [text for text, end in zip(documents, chars) if end <= TRAIN_CHARS]
     tokenizer = Tokenizer.train(sample, VOCAB_SIZE)
     texts = documents[0:WINDOW]
-    trainer = json.loads((RESULTS / "training_speed.json").read_text())["rows"]
-    consumes = max(row["tokens_per_second"] for row in trainer if row["depth"] == 4 and "form" in row)
+    machines = json.loads((RESULTS / "training_speed.json").read_text())["machines"]
+    consumes = max(row["tokens_per_second"] for machine in machines for row in machine["rows"]
+                   if row["depth"] == 4 and "form" in row)
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
                platform.processor())
     result = {"what": "loader throughput on all cores, packing waste, document lengths seen; best-fit crop as reference",

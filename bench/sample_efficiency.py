@@ -2,12 +2,13 @@
 
 Depth 4 on real text, bits per byte of its validation part, three seeds each: the defaults of
 `pretraining` beside the plain 2025-11 recipe (no additions; Muon with plain Newton–Schulz and without
-NorMuon; rates 0.02, 0.2, 0.004; no weight decay; warm-down over the last fifth). The plain recipe's
-batch of 524,288 tokens would leave it a handful of steps, so it gets ours, to its advantage.
+NorMuon, its momentum from 0.85 to 0.95 in 300 steps; rates 0.02, 0.2, 0.004; no weight decay; warm-down
+over the last fifth). The plain recipe's batch of 524,288 tokens would leave it a handful of steps, so it gets ours, to its advantage.
 
 `--tokens N` gives both the same number of tokens; `--minutes M` the same time on this machine instead,
 compiling included: then the plain recipe also computes as it did on a CPU, in fp32. Each run is a
-process of its own, and they take turns, seed by seed. Results go to bench/results/.
+process of its own, seed by seed; for equal time they take turns with all cores, for equal tokens the two
+recipes run side by side, a thread each. Results go to bench/results/.
 """
 import argparse
 import contextlib
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 DEPTH, T, VOCAB, EVAL_TOKENS = 4, 512, 4096, 500_000
@@ -34,8 +36,9 @@ def one_run(name: str, seed: int, flags: dict) -> dict:
     "Train and evaluate; how pretraining was called, what it reached and how long it took."
     from nanochat_nb import pretraining
     from nanochat_nb.common import RunLog
-    from nanochat_nb.optimizer import NEWTON_SCHULZ
+    from nanochat_nb.optimizer import NEWTON_SCHULZ, momentum_schedule
     if name != "default":
+        pretraining.muon_momentum = lambda step, num_iterations: momentum_schedule(step, 300, 0.85, 0.95)
         pretraining.setup_optimizer = functools.partial(pretraining.setup_optimizer, polynomials=NEWTON_SCHULZ,
                                                         beta2=0.0)
     flags = {"depth": DEPTH, "max_seq_len": T, "eval_every": -1, "eval_tokens": EVAL_TOKENS, "device_type": "cpu",
@@ -50,9 +53,10 @@ def one_run(name: str, seed: int, flags: dict) -> dict:
             "said": output.getvalue()}
 
 
-def in_a_process(base: str, name: str, seed: int, flags: dict, fp32: bool) -> dict:
-    "`one_run` in a fresh process."
-    environment = {**os.environ, "NANOCHAT_BASE_DIR": base, **({"NANOCHAT_DTYPE": "float32"} if fp32 else {})}
+def in_a_process(base: str, name: str, seed: int, flags: dict, fp32: bool = False, threads: int = 0) -> dict:
+    "`one_run` in a fresh process; with so many threads, 0: all there are."
+    environment = {**os.environ, "NANOCHAT_BASE_DIR": base, **({"NANOCHAT_DTYPE": "float32"} if fp32 else {}),
+                   **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
     call = [sys.executable, __file__, "--one", name, "--seeds", str(seed), "--flags", json.dumps(flags)]
     done = subprocess.run(call, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -76,7 +80,7 @@ def tokens_per_second(base: str, name: str, batch: int, fp32: bool, data_dir: st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", help="a folder with text shards")
-    parser.add_argument("--tokens", type=int, default=1_500_000)
+    parser.add_argument("--tokens", type=int, default=600_000)
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -84,6 +88,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.one:
         return print(json.dumps(one_run(args.one, args.seeds[0], json.loads(args.flags))))
+    from nanochat_nb.common import compute_dtype
     from nanochat_nb.scaling import batch_tokens
     from nanochat_nb.tokenizer import train_tokenizer
     data_dir, rows = str(Path(args.data_dir).resolve()), []
@@ -99,12 +104,17 @@ def main() -> None:
                 budgets[name] = {"tokens_per_second": round(speed), "other_seconds": round(other)}
                 print(name, budgets[name], f"{tokens[name]:,} tokens", flush=True)
         for seed in args.seeds:
+            jobs = []
             for name in RECIPES:
                 batch = batch_tokens(tokens[name])
                 flags = {"data_dir": data_dir, "total_batch_size": batch, "num_iterations": tokens[name] // batch,
                          "device_batch_size": min(batch // T, 16), "compile": 1}
-                rows.append(in_a_process(base, name, seed, flags, bool(args.minutes) and name != "default"))
-                print({key: value for key, value in rows[-1].items() if key != "said"}, flush=True)
+                fp32 = bool(args.minutes) and name != "default"
+                jobs.append(functools.partial(in_a_process, base, name, seed, flags, fp32, 0 if args.minutes else 1))
+            with ThreadPoolExecutor(1 if args.minutes else len(jobs)) as pool:
+                for row in pool.map(lambda job: job(), jobs):
+                    rows.append(row)
+                    print({key: value for key, value in row.items() if key != "said"}, flush=True)
     summary = {}
     for name in RECIPES:
         scores = [row["bpb"] for row in rows if row["recipe"] == name]
@@ -119,7 +129,7 @@ def main() -> None:
     result = {"what": f"validation bits per byte at depth {DEPTH}, sequence {T}, vocabulary {VOCAB:,}, on "
                       f"{EVAL_TOKENS:,} tokens of {Path(data_dir).parent.name}/{Path(data_dir).name}",
               "budget": f"{args.minutes:g} minutes, everything included" if args.minutes else f"{args.tokens:,} tokens",
-              "hardware": f"{os.cpu_count()} × {cpu}, {torch.get_num_threads()} threads",
+              "hardware": f"{os.cpu_count()} × {cpu}, {str(compute_dtype('cpu'))[6:]}",
               "torch": torch.__version__.split("+")[0], "date": time.strftime("%Y-%m-%d"), "summary": summary,
               "default_is_lower_by": round(gain, 4), "runs": rows}
     kind = "equal_time" if args.minutes else "sample_efficiency"

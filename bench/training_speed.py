@@ -4,6 +4,8 @@ Every form of the step lives in a process of its own, with all cores, and they t
 works the others wait at their pipe. So a machine whose speed drifts treats them alike, and ratios are
 taken within a round. `--peer FOLDER` adds karpathy/nanochat from a clone in that folder, as it is: its
 model of the same depth with its own rules, in fp32 (its choice on a CPU) and in bf16 (NANOCHAT_DTYPE).
+Forms in bf16 are left out on a processor that does not multiply it. The JSON has one entry for each kind
+of processor; a new run replaces its own.
 """
 import argparse
 import json
@@ -17,15 +19,17 @@ from pathlib import Path
 
 B, T, VOCAB, STEPS = 16, 512, 4096, 2                 # one micro-batch of 8,192 tokens a step
 PEERS = {"nanochat 2026-07, fp32, compiled": "float32", "nanochat 2026-07, bf16, compiled": "bfloat16"}
-# dtype, compiled, tokens whose logits are held at a time (0: all), additions of the default
+# dtype, compiled, tokens whose logits are held at a time (0: all), additions of the default;
+# None: textbook, or what pretraining chooses
 FORMS = {
     "textbook, fp32": None,
     "fp32": ("float32", False, 0, ""),
     "fp32, compiled": ("float32", True, 0, ""),
+    "fp32, compiled, loss in chunks": ("float32", True, 512, ""),
     "bf16": ("bfloat16", False, 0, ""),
     "bf16, loss in chunks": ("bfloat16", False, 512, ""),
     "bf16, compiled, loss in chunks": ("bfloat16", True, 512, ""),
-    "as pretraining does it": ("bfloat16", True, 512, None),
+    "as pretraining does it": (None, True, 512, None),
 }
 
 
@@ -82,8 +86,8 @@ def check_same_function(config) -> None:
     torch.testing.assert_close(textbook_loss(model, idx[:, :-1], idx[:, 1:]), model(idx[:, :-1], idx[:, 1:]))
 
 
-def ours(depth: int, dtype: str, compiled: bool, chunk_tokens: int, extras: str | None):
-    "A step of the library's trainer; `extras` None: the additions that pretraining switches on."
+def ours(depth: int, dtype: str | None, compiled: bool, chunk_tokens: int, extras: str | None):
+    "A step of the library's trainer; None: the dtype and the additions that pretraining takes."
     import inspect
 
     import torch
@@ -92,11 +96,12 @@ def ours(depth: int, dtype: str, compiled: bool, chunk_tokens: int, extras: str 
     from nanochat_nb.optimizer import setup_optimizer
     from nanochat_nb.pretraining import additions, pretrain, train_step
     from nanochat_nb.scaling import config_for_depth
-    compute_init("cpu")                                # as a run starts, its memory settings included
+    compute = compute_init("cpu")                      # as a run starts, its memory settings included
     if extras is None:
         extras = inspect.signature(pretrain).parameters["extras"].default
     model = GPT(config_for_depth(depth, VOCAB, T, **additions(extras))).init_weights(0)
-    model.compute_dtype, model.chunk_tokens = getattr(torch, dtype), chunk_tokens
+    model.compute_dtype = getattr(torch, dtype) if dtype else compute.dtype
+    model.chunk_tokens = chunk_tokens
     optimizer = setup_optimizer(model)
     step_model = torch.compile(model) if compiled else model
 
@@ -157,6 +162,12 @@ def work(name: str, depth: int, folder: str) -> None:
         print(json.dumps((time.perf_counter() - start) / STEPS), file=say, flush=True)
 
 
+def has_bf16() -> bool:
+    "Whether this processor multiplies bf16."
+    from nanochat_nb.common import compute_dtype
+    return str(compute_dtype("cpu")) == "torch.bfloat16"
+
+
 def peak(dtype: str) -> float:
     "FLOP/s of a large matrix product, the best of several tries."
     import torch
@@ -167,8 +178,9 @@ def peak(dtype: str) -> float:
 
 def measure(depth: int, rounds: int, folder: str | None) -> list[dict]:
     "All forms in turn; a row for each."
-    names = [*FORMS, *(PEERS if folder else [])]
-    workers, about, times, peaks = {}, {}, {name: [] for name in names}, {"float32": [], "bfloat16": []}
+    names = [name for name in [*FORMS, *(PEERS if folder else [])] if has_bf16() or "bf16" not in name]
+    workers, about, times = {}, {}, {name: [] for name in names}
+    peaks = {dtype: [] for dtype in ("float32", *["bfloat16"] * has_bf16())}
     for name in names:                                 # one after the other: compiling wants the machine too
         workers[name] = subprocess.Popen([sys.executable, __file__, "--work", name, "--depths", str(depth),
                                           "--peer", folder or ""],
@@ -214,12 +226,15 @@ def main() -> None:
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
                platform.processor())
     import torch
+    path = Path(__file__).parent / "results" / "training_speed.json"
+    machine = f"{os.cpu_count()} × {cpu}, " + ("AVX512-BF16" if has_bf16() else "no bf16")
+    others = json.loads(path.read_text())["machines"] if path.exists() else []
     result = {"what": f"training steps of {B * T:,} tokens, sequence {T}, vocabulary {VOCAB:,}, optimizer included; ratio: "
                       "median over rounds in which all forms took turns; share of peak: FLOPs of the model's own count "
                       "(attention at full length, windows at theirs) over the best matmul in the form's dtype",
-              "hardware": f"{os.cpu_count()} × {cpu}", "torch": torch.__version__.split("+")[0],
-              "date": time.strftime("%Y-%m-%d"), "rows": rows}
-    path = Path(__file__).parent / "results" / "training_speed.json"
+              "machines": [m for m in others if m["hardware"] != machine] + [
+                  {"hardware": machine, "torch": torch.__version__.split("+")[0],
+                   "date": time.strftime("%Y-%m-%d"), "rows": rows}]}
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 
