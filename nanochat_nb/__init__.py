@@ -29,7 +29,12 @@ marked `*`, companions stand below their lesson.
     scaling         depth → width, batch, rates, horizon; what a run will cost
     faults          what ends a run, told in one line: NaN, a lost rank, a signal, memory
   * evaluation      CORE, bits per byte, samples
-    engine          prefill, decode, sampling, many requests in one batch, streaming
+    engine          prefill, decode, many requests in one batch that come and go, streaming
+    sampling        which token: temperature, top-k, top-p, min-p, penalty, stop texts
+    quantization    weights as a generator reads them: packed, in 8 or 4 bits
+    speculation     guessed tokens judged in one pass, the same text
+    harness         a bridge to lm-evaluation-harness
+    scoring         likelihoods of many answers at once
   * finetuning      mid-training and supervised finetuning
     chat            conversation ⇄ tokens and masks; the calculator tool
     tasks           questions with answers, as conversations; mixtures

@@ -353,6 +353,7 @@ class KVCache:
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.tokens = torch.zeros(batch_size, max_len, device=device, dtype=torch.long)  # their ids
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.bounds: tuple[int, int] | None = None      # of the lengths, where the owner knows them
 
     @classmethod
     def for_model(cls, model, batch_size: int, max_len: int) -> "KVCache":
@@ -372,17 +373,36 @@ class KVCache:
     def _of(self, rows) -> "KVCache":
         "A cache of the given rows: views for a slice, copies for a tensor of indices."
         new = object.__new__(KVCache)
+        new.bounds = None
         new.keys, new.values = self.keys[:, rows], self.values[:, rows]
         new.tokens, new.lengths = self.tokens[rows], self.lengths[rows]
         return new
 
-    def rows(self, start: int, stop: int) -> "KVCache":
-        "Rows start … stop−1 as a cache that shares the memory: what it stores lands here."
-        return self._of(slice(start, stop))
+    def rows(
+        self, start: int, stop: int,
+        bounds: tuple[int, int] | None = None,  # shortest and longest of these rows, if known
+    ) -> "KVCache":
+        """Rows start … stop−1 as a cache that shares the memory: what it stores lands here.
+
+        Wider bounds than the true ones cost time and change nothing; with `(0, S − 1)` a pass of
+        one token runs the same operations at any length up to S, as a CUDA graph must.
+        """
+        new = self._of(slice(start, stop))
+        new.bounds = bounds
+        return new
 
     def select(self, rows: Tensor) -> "KVCache":
         "A new cache of the given rows (int64): drops finished sequences, or copies one to many."
         return self._of(rows)
+
+    def grown(self, batch_size: int, max_len: int) -> "KVCache":
+        "A larger cache with the same sequences in its first rows; the new rows are empty."
+        n_layer, B, n_kv_head, S, head_dim = self.keys.shape
+        new = KVCache(batch_size, max_len, n_layer, n_kv_head, head_dim,
+                      self.keys.device, self.keys.dtype)
+        new.keys[:, :B, :, :S], new.values[:, :B, :, :S] = self.keys, self.values
+        new.tokens[:B, :S], new.lengths[:B] = self.tokens, self.lengths
+        return new
 
     def copy_rows(self, source: Tensor, target: Tensor) -> None:
         "Overwrite the rows `target` with the rows `source` (int64, one index for each)."
@@ -402,8 +422,10 @@ class KVCache:
         if B != self.batch_size:
             raise UserError(f"the KV cache has {self.batch_size} rows, but {B} came; take as many "
                             "of its rows with `rows` or `select`, or make a cache that fits.")
-        # waits for the device: once per pass, not per layer
-        self.shortest, self.longest = (int(n) for n in torch.stack(self.lengths.aminmax()).tolist())
+        # to ask waits for the device: once per pass, not per layer, and not where it is known
+        self.shortest, self.longest = self.bounds or (
+            int(n) for n in torch.stack(self.lengths.aminmax()).tolist())
+        self.bounds = None                              # true of this pass only
         if self.longest + T > self.max_len:
             raise UserError(f"the KV cache holds {self.max_len} tokens, but {self.longest} + {T} "
                             f"are needed; make it longer or the text shorter.")

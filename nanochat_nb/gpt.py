@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import KVCache, attention
 from .common import UserError
-from .loss import head_loss, logits_of
+from .loss import head_loss, softcapped
 from .precision import Linear
 
 # %% ../nbs/03_gpt.ipynb #rmsnorm
@@ -134,9 +134,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, idx: Tensor, cos: Tensor, sin: Tensor,
                 kv_cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
-        q, k, v = (c(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, T, C) → (B, H, T, D)
-                   for c in (self.c_q, self.c_k, self.c_v))
-        q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
+        q, k, v = self.project(x, cos, sin)
         if self.qk_scale != 1:
             q = q * self.qk_scale**2                       # both factors of the score at once
         if self.value_embed is not None:
@@ -146,6 +144,13 @@ class CausalSelfAttention(nn.Module):
         else:
             y = kv_cache.attend(self.layer, q, k, v, self.window)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))        # (B, H, T, D) → (B, T, C)
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        "Queries (B, H, T, D), keys and values (B, K, T, D); the first two turned, then normalised."
+        B, T, _ = x.shape
+        q, k, v = (c(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, T, C) → (B, H, T, D)
+                   for c in (self.c_q, self.c_k, self.c_v))
+        return norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin)), v
 
     def _value_of_token(self, x: Tensor, idx: Tensor) -> Tensor:
         "The tokens' own value vectors, each head's gated between 0 and 3 by the stream."
@@ -250,7 +255,7 @@ class GPT(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.lm_head.weight.device
+        return self.transformer.wte.weight.device
 
     def forward(
         self,
@@ -277,7 +282,7 @@ class GPT(nn.Module):
         x: Tensor,   # (…, C) what `hidden` gives, or the rows of it that matter
     ) -> Tensor:     # (…, V) fp32: bf16 is too coarse to sum V exponentials
         "Scores of every possible next token."
-        return logits_of(x, self.lm_head.weight, self.config.logit_softcap)
+        return softcapped(self.lm_head(x), self.config.logit_softcap)
 
     def hidden(
         self,
