@@ -19,7 +19,7 @@ from torch import Tensor
 from .common import UserError
 from .tokenizer import Tokenizer, Utf8Stream
 
-# %% ../nbs/06b_sampling.ipynb #the-tail
+# %% ../nbs/06b_sampling.ipynb #drawing-without-disturbing-the-neighbour
 def uniform_stream(
     seed: int | None,  # None: anew each time
     index: int,        # of the request under this seed
@@ -30,7 +30,7 @@ def uniform_stream(
     entropy = None if seed is None else [seed % 2**63, index]
     return np.random.default_rng(entropy).random(length, dtype=np.float32)
 
-# %% ../nbs/06b_sampling.ipynb #_RANGES
+# %% ../nbs/06b_sampling.ipynb #dials
 _RANGES = {  # what fits, and how to say it
     "temperature": (lambda x: 0 <= x < math.inf,
                     "a number of at least 0; 0 takes the likeliest token, 1 draws as learned"),
@@ -149,7 +149,7 @@ def sample(
     point = u[:, None] * ends[:, -1:] >> 24                       # u · total, below the total
     return ids.gather(-1, torch.searchsorted(ends, point, right=True))[:, 0]
 
-# %% ../nbs/06b_sampling.ipynb #penalize
+# %% ../nbs/06b_sampling.ipynb #a-penalty-for-repetition
 def penalize(
     logits: Tensor,   # (B, V); left as they are
     seen: Tensor,     # (B, S) ids in prompt or text, in any order and any number of times
@@ -166,7 +166,7 @@ def penalize(
     lowered = torch.where(scores > 0, scores / penalty, scores * penalty)
     return wider.scatter_(-1, ids, lowered)[:, :V]
 
-# %% ../nbs/06b_sampling.ipynb #what-the-dials-do-to-a-text
+# %% ../nbs/06b_sampling.ipynb #stop-strings
 MAX_STOPS = 16  # every token of a request is compared with each, while its neighbours wait
 
 

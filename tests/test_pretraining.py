@@ -145,6 +145,18 @@ def test_compiling_pays_from_a_certain_length_on(monkeypatch):
     assert should_compile(-1, CPU, config, 10**9) is False
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+def test_compiling_pays_earlier_in_bf16(monkeypatch):
+    monkeypatch.setattr("nanochat_nb.pretraining.peak_flops", lambda compute: 2e11)
+    config, first = config_for_depth(4, 4096, 512), {}
+    for dtype in (torch.bfloat16, torch.float32):
+        compute = Compute(torch.device("cpu"), dtype)
+        first[dtype] = next(n for n in range(40) if should_compile(-1, compute, config, 2**n))
+    # 60 s of compiling; of a second's 6,349 tokens at the peak, eager and compiled take the measured shares
+    assert 2 ** first[torch.bfloat16] / 2 < 60 * 6349 / (1 / 0.43 - 1 / 0.60) <= 2 ** first[torch.bfloat16]
+    assert 2 ** first[torch.float32] / 2 < 60 * 6349 / (1 / 0.57 - 1 / 0.64) <= 2 ** first[torch.float32]
+
+
 def test_progress_goes_on_where_it_was():
     whole, half = (Progress(range(0, 10), 1, 1.0), Progress(range(5, 10), 1, 1.0, [9.0, 8, 7, 6, 5]))
     for step, loss in enumerate([9.0, 8, 7, 6, 5, 4, 3, 2, 1, 0]):
