@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -109,8 +110,13 @@ def with_transformers(model):
 
 
 def some_tokenizer():
+    "A vocabulary of the model's size, of words that do not exist."
     from nanochat_nb.tokenizer import Tokenizer
-    return Tokenizer.train(["a b c"] * 4, 270)
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(20_000)]
+    tokenizer = Tokenizer.train([" ".join(rng.choices(words, k=200)) for _ in range(300)], VOCAB)
+    assert tokenizer.vocab_size == VOCAB
+    return tokenizer
 
 
 def with_engine(model, weights: str):

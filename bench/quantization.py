@@ -56,7 +56,6 @@ def main() -> None:
     result = {"what": f"bits per byte on {args.eval_tokens:,} tokens of validation text after rounding the matrices; bits: of "
                       "a weight, with its share of the scales",
               "model": {"parameters": model.num_parameters()["total"], "steps": meta["step"], **model.config.to_dict()},
-              "text": f"{Path(args.data_dir).resolve().parent.name}/{Path(args.data_dir).resolve().name}",
               "hardware": f"{os.cpu_count()} cores", "torch": torch.__version__.split("+")[0],
               "date": time.strftime("%Y-%m-%d"), "exact_bpb": round(exact, 5), "rows": rows}
     (Path(__file__).parent / "results" / "quantization.json").write_text(json.dumps(result, indent=1) + "\n")

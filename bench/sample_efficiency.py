@@ -50,7 +50,7 @@ def one_run(name: str, seed: int, flags: dict) -> dict:
     losses = [row["loss"] for row in RunLog(flags["run"]).read() if "loss" in row]
     return {"recipe": name, "seed": seed, "bpb": round(bpb, 4), "steps": len(losses),
             "seconds": round(time.perf_counter() - start), "last_losses": round(statistics.mean(losses[-20:]), 4),
-            "said": output.getvalue()}
+            "said": output.getvalue().split("\nstep ")[0]}                   # the rules, not the steps
 
 
 def in_a_process(base: str, name: str, seed: int, flags: dict, fp32: bool = False, threads: int = 0) -> dict:
@@ -127,7 +127,7 @@ def main() -> None:
                platform.processor())
     import torch
     result = {"what": f"validation bits per byte at depth {DEPTH}, sequence {T}, vocabulary {VOCAB:,}, on "
-                      f"{EVAL_TOKENS:,} tokens of {Path(data_dir).parent.name}/{Path(data_dir).name}",
+                      f"{EVAL_TOKENS:,} tokens of the folder's validation text",
               "budget": f"{args.minutes:g} minutes, everything included" if args.minutes else f"{args.tokens:,} tokens",
               "hardware": f"{os.cpu_count()} × {cpu}, {str(compute_dtype('cpu'))[6:]}",
               "torch": torch.__version__.split("+")[0], "date": time.strftime("%Y-%m-%d"), "summary": summary,
