@@ -296,8 +296,12 @@ def test_new_weights_are_noticed(tokenizer, prompts):
         model(idx[:, :-1], idx[:, 1:]).backward()
         optimizer.step()
         optimizer.zero_grad()
-        assert engine.generate([prompts[4]], 12, temperature=0, stop_ids=[])[0].tokens == naive(model, prompts[4], 12)
-    assert engine._weights_now() is not packed
+        engine.submit(request := engine.request(prompts[4], 5, stop_ids=[]))
+        engine.step()
+        used, logits = engine.slots.model, engine.slots.logits
+        assert used is not packed and torch.allclose(logits, model(torch.tensor([request.prompt]))[:, -1], atol=1e-4)
+        engine.cancel(request)
+        packed = used
 
 
 def test_a_step_that_fails_ends_all_and_the_engine_goes_on(model, tokenizer, prompts):
@@ -369,13 +373,13 @@ def test_cost_counts_what_a_pass_does(model):
     from torch.utils.flop_counter import FlopCounterMode
     packed, c = pack(model), model.config
     for rows, new, stored in [(1, 1, 0), (3, 1, 40), (2, 30, 0)]:
-        cache = KVCache.for_model(packed, rows, stored + new)
+        cache = KVCache.for_model(model, rows, stored + new)
         idx = torch.randint(c.vocab_size, (rows, stored + new))
         with torch.inference_mode():
             if stored:
-                packed.hidden(idx[:, :stored], kv_cache=cache)
+                model.hidden(idx[:, :stored], kv_cache=cache)
             with FlopCounterMode(display=False) as counter:
-                packed.logits(packed.hidden(idx[:, stored:], kv_cache=cache)[:, -1])
+                model.logits(model.hidden(idx[:, stored:], kv_cache=cache)[:, -1])
         flops, read = step_cost(c, matrix_bytes(packed), rows, new, stored)
         attended = sum(min(stored + t, c.window(layer) if c.window(layer) >= 0 else 10**9) + 1
                        for layer in range(c.n_layer) for t in range(new))

@@ -122,6 +122,9 @@ def test_powers_of_two_are_exact():
         assert ours == pytest.approx(dict.fromkeys(range(n), 1 / n))
     for V in (64, 5000):
         assert next_token_probabilities(torch.zeros(1, V), Dials(top_k=5))[1].tolist() == [[0, 1, 2, 3, 4]]
+    for dials in (Dials(top_k=1), Dials(top_k=2, top_p=0.1), Dials(top_p=0.1), Dials(0)):
+        signs = torch.tensor([[-3.0, -0.0, 0.0]])            # equal, so the lower id
+        assert sample(signs, torch.tensor([0.5]), dials).tolist() == [1]
     assert sample(equal, torch.tensor([0.99]), Dials(temperature=0)).tolist() == [0]
 
 
