@@ -6,9 +6,9 @@ NorMuon, its momentum from 0.85 to 0.95 in 300 steps; rates 0.02, 0.2, 0.004; no
 over the last fifth). The plain recipe's batch of 524,288 tokens would leave it a handful of steps, so it gets ours, to its advantage.
 
 `--tokens N` gives both the same number of tokens; `--minutes M` the same time on this machine instead,
-compiling included: then the plain recipe also computes as it did on a CPU, in fp32. Each run is a
-process of its own, seed by seed; for equal time they take turns with all cores, for equal tokens the two
-recipes run side by side, a thread each. Results go to bench/results/.
+compiling included and the last evaluation not: then the plain recipe also computes as it did on a CPU, in fp32. Each run is a
+process of its own; seed by seed the two recipes run side by side, a thread each, so that they share the
+good and the bad moments of the machine. Results go to bench/results/.
 """
 import argparse
 import contextlib
@@ -53,10 +53,10 @@ def one_run(name: str, seed: int, flags: dict) -> dict:
             "said": output.getvalue().split("\nstep ")[0]}                   # the rules, not the steps
 
 
-def in_a_process(base: str, name: str, seed: int, flags: dict, fp32: bool = False, threads: int = 0) -> dict:
-    "`one_run` in a fresh process; with so many threads, 0: all there are."
-    environment = {**os.environ, "NANOCHAT_BASE_DIR": base, **({"NANOCHAT_DTYPE": "float32"} if fp32 else {}),
-                   **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+def in_a_process(base: str, name: str, seed: int, flags: dict, fp32: bool) -> dict:
+    "`one_run` in a fresh process with one thread."
+    environment = {**os.environ, "NANOCHAT_BASE_DIR": base, "OMP_NUM_THREADS": "1",
+                   **({"NANOCHAT_DTYPE": "float32"} if fp32 else {})}
     call = [sys.executable, __file__, "--one", name, "--seeds", str(seed), "--flags", json.dumps(flags)]
     done = subprocess.run(call, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -65,10 +65,10 @@ def in_a_process(base: str, name: str, seed: int, flags: dict, fp32: bool = Fals
 
 
 def tokens_per_second(base: str, name: str, batch: int, fp32: bool, data_dir: str) -> tuple[float, float]:
-    "Speed when warm, and the seconds that a run spends on everything else, from one short run."
+    "Speed when warm, and the seconds that a run spends on its start and on compiling, from one short run."
     from nanochat_nb.common import RunLog
     steps = 24
-    flags = {"data_dir": data_dir, "num_iterations": steps, "total_batch_size": batch, "compile": 1,
+    flags = {"data_dir": data_dir, "num_iterations": steps, "total_batch_size": batch, "compile": 1, "eval_tokens": T,
              "device_batch_size": min(batch // T, 16)}
     made = in_a_process(base, name, 99, flags, fp32)
     os.environ["NANOCHAT_BASE_DIR"] = base
@@ -96,22 +96,21 @@ def main() -> None:
         os.environ["NANOCHAT_BASE_DIR"] = base
         train_tokenizer(data_dir, vocab_size=VOCAB)
         tokens, budgets = {name: args.tokens for name in RECIPES}, {}
-        if args.minutes:
-            batch = 4096
-            for name in RECIPES:
-                speed, other = tokens_per_second(base, name, batch, name != "default", data_dir)
-                tokens[name] = int(speed * (60 * args.minutes - other))
-                budgets[name] = {"tokens_per_second": round(speed), "other_seconds": round(other)}
-                print(name, budgets[name], f"{tokens[name]:,} tokens", flush=True)
-        for seed in args.seeds:
-            jobs = []
-            for name in RECIPES:
-                batch = batch_tokens(tokens[name])
-                flags = {"data_dir": data_dir, "total_batch_size": batch, "num_iterations": tokens[name] // batch,
-                         "device_batch_size": min(batch // T, 16), "compile": 1}
-                fp32 = bool(args.minutes) and name != "default"
-                jobs.append(functools.partial(in_a_process, base, name, seed, flags, fp32, 0 if args.minutes else 1))
-            with ThreadPoolExecutor(1 if args.minutes else len(jobs)) as pool:
+        with ThreadPoolExecutor(len(RECIPES)) as pool:
+            if args.minutes:
+                measured = pool.map(lambda name: tokens_per_second(base, name, 4096, name != "default", data_dir), RECIPES)
+                for name, (speed, other) in zip(RECIPES, measured):
+                    tokens[name] = int(speed * (60 * args.minutes - other))
+                    budgets[name] = {"tokens_per_second": round(speed), "other_seconds": round(other)}
+                    print(name, budgets[name], f"{tokens[name]:,} tokens", flush=True)
+            for seed in args.seeds:
+                jobs = []
+                for name in RECIPES:
+                    batch = batch_tokens(tokens[name])
+                    flags = {"data_dir": data_dir, "total_batch_size": batch, "num_iterations": tokens[name] // batch,
+                             "device_batch_size": min(batch // T, 16), "compile": 1}
+                    jobs.append(functools.partial(in_a_process, base, name, seed, flags,
+                                                  bool(args.minutes) and name != "default"))
                 for row in pool.map(lambda job: job(), jobs):
                     rows.append(row)
                     print({key: value for key, value in row.items() if key != "said"}, flush=True)
@@ -128,7 +127,7 @@ def main() -> None:
     import torch
     result = {"what": f"validation bits per byte at depth {DEPTH}, sequence {T}, vocabulary {VOCAB:,}, on "
                       f"{EVAL_TOKENS:,} tokens of the folder's validation text",
-              "budget": f"{args.minutes:g} minutes, everything included" if args.minutes else f"{args.tokens:,} tokens",
+              "budget": f"{args.minutes:g} minutes on one core, compiling included, the last evaluation not" if args.minutes else f"{args.tokens:,} tokens",
               "hardware": f"{os.cpu_count()} × {cpu}, {str(compute_dtype('cpu'))[6:]}",
               "torch": torch.__version__.split("+")[0], "date": time.strftime("%Y-%m-%d"), "summary": summary,
               "default_is_lower_by": round(gain, 4), "runs": rows}

@@ -79,7 +79,9 @@ class Request:
             reason = "length"
         elif self.hook is not None and not forced:
             self.queue.extend(self.hook(token))
-        text += self.shown.flush() if reason else ""
+        if reason:
+            text += self.shown.flush()                 # which may find a stop text at the very end
+            reason = "stop" if self.shown.stopped else reason
         c.text += text
         self.news.append((token, forced, text))
         c.finish_reason = reason                       # last: who sees it finds all the rest

@@ -94,20 +94,15 @@ class HarnessModel:
     def _write(self, prompts, until=(), do_sample=None, temperature=None, top_k=0, top_p=1.0,
                max_gen_toks=None, max_new_tokens=None, max_tokens=None, **others) -> list[str]:
         "The harness's words for settings, in ours; greedy unless it says otherwise."
-        until = [s for s in ([until] if isinstance(until, str) else until or []) if s]
         if do_sample is None:
             do_sample = bool(temperature)
         if do_sample and temperature is None:
             temperature = 1.0
-        t, special = self.tokenizer, self.tokenizer.special_ids
-        stop_ids = {i for i in range(t.vocab_size) if i not in special
-                    and any(s.encode() in t.id_to_bytes(i) for s in until)}
         completions = self.engine.generate(
             prompts, max_gen_toks or max_new_tokens or max_tokens or 256, top_k=top_k, top_p=top_p,
-            temperature=temperature if do_sample else 0, stop_ids=[*stop_ids, *special])
-        texts = [t.decode(i for i in c.tokens if i not in special) for c in completions]
-        return [text[:min([text.find(s) for s in until if s in text], default=None)]
-                for text in texts]
+            temperature=temperature if do_sample else 0, stop_ids=self.tokenizer.special_ids,
+            stop=[s for s in ([until] if isinstance(until, str) else until or []) if s])
+        return [c.text for c in completions]
 
 # %% ../nbs/06e_harness.ipynb #one-likelihood-three-accuracies
 def harness_model(

@@ -144,6 +144,9 @@ def sample(
     if uniforms.shape != logits.shape[:1]:
         raise UserError(f"expected one number for each of the {len(logits)} rows of logits, got "
                         f"{tuple(uniforms.shape)}.")
+    if dials.temperature == 0:
+        _highest(logits)                                          # refuses what cannot be drawn from
+        return logits.argmax(-1)
     probabilities, ids = next_token_probabilities(logits, dials)
     ends = _whole(probabilities).cumsum(-1)                       # (B, k)
     u = (uniforms * 2**24).long().clamp(0, 2**24 - 1)             # one that was rounded up to 1 too
