@@ -211,7 +211,7 @@ def standard_error(
     scores: list[float],   # of independent questions, 0 … 1 each
 ) -> float:                # of their mean
     "Standard deviation over √n; for right and wrong the same as √(a(1 − a)/n)."
-    return float(np.std(scores) / math.sqrt(len(scores)))
+    return float(np.asarray(scores).std() / math.sqrt(len(scores)))
 
 # %% ../nbs/06_evaluation.ipynb #resampled_core
 def resampled_core(
