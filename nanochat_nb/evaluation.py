@@ -38,7 +38,7 @@ from .pretraining import evaluate_bpb
 from .scoring import Question, common_prefix, credit, cut_left, score_questions
 from .tokenizer import Tokenizer
 
-# %% ../nbs/06_evaluation.ipynb #three-kinds-of-questions
+# %% ../nbs/06_evaluation.ipynb #from-an-item-to-text
 KINDS = {"multiple_choice": ("query", "choices", "gold"),
          "schema": ("context_options", "continuation", "gold"),
          "language_modeling": ("context", "continuation")}
@@ -87,7 +87,7 @@ def make_question(
         starts = [max(1, min(start, *(len(row) - 1 for row in rows)))] * len(rows)
     return cut_left(Question(rows, starts, gold), bos, sequence_len)
 
-# %% ../nbs/06_evaluation.ipynb #few_shot_indices
+# %% ../nbs/06_evaluation.ipynb #solved-examples-first
 def few_shot_indices(
     num_items: int,    # in the whole task
     idx: int,          # the question, which is never its own example
@@ -206,7 +206,7 @@ def centered(accuracy: float, baseline: float) -> float:
     "0 for guessing, 1 for perfection."
     return (accuracy - baseline) / (1 - baseline)
 
-# %% ../nbs/06_evaluation.ipynb #standard_error
+# %% ../nbs/06_evaluation.ipynb #how-sure-other-questions
 def standard_error(
     scores: list[float],   # of independent questions, 0 … 1 each
 ) -> float:                # of their mean
@@ -318,7 +318,7 @@ def questions_needed(
     variance = p * (1 - p) + q * (1 - q) if disagree is None else disagree - difference ** 2
     return max(1, math.ceil(variance * (z / difference) ** 2 - 1e-9))
 
-# %% ../nbs/06_evaluation.ipynb #draw_samples
+# %% ../nbs/06_evaluation.ipynb #samples
 def draw_samples(
     model: GPT, tokenizer: Tokenizer,
     documents: list[str],        # their beginnings are continued
