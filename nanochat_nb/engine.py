@@ -385,10 +385,13 @@ class Engine:
         self,
         prompts: list[list[int]],          # token ids of each request
         max_tokens: int = 256,
+        temperature: float = 1.0,
+        top_k: int | None = 50,
+        top_p: float = 1.0,
         seed: int | list[int] | None = 0,  # request i draws from (seed, i); or one each; None: anew
         hook_factory: Callable[[], Callable[[int], list[int]]] | None = None,  # a hook per request
         cancelled: Callable[[], bool] | None = None,  # asked before each step
-        **how,                             # temperature, top_k, stop, …: as for `request`
+        **how,                             # min_p, stop, …: these and the rest as for `request`
     ) -> list[Completion]:                 # in the order of the prompts
         "Complete all prompts, in batches of mixed lengths."
         seeds = [(s, 0) for s in seed] if isinstance(seed, (list, tuple)) \
@@ -396,7 +399,8 @@ class Engine:
         if len(seeds) != len(prompts):
             raise UserError(f"got {len(seeds)} seeds for {len(prompts)} prompts; give one each, "
                             f"or one in all.")
-        requests = [self.request(p, max_tokens, seed=s, hook=hook_factory and hook_factory(), **how)
+        requests = [self.request(p, max_tokens, temperature, top_k, top_p, seed=s,
+                                 hook=hook_factory and hook_factory(), **how)
                     for p, s in zip(prompts, seeds)]
         # Long prompts first: a prefill then has similar lengths, and equal prompts are neighbours.
         pending = sorted((r for r in requests if not r.done), key=lambda r: (-len(r.prompt), r.prompt))
