@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'quantize', 'dequantize', 'pack_nibbles', 'unpack_nibbles', 'PackedLinear', 'Int8Linear', 'Int4Linear',
-           'PackedAttention', 'pack', 'matrix_bytes']
+           'PackedAttention', 'PackedBlock', 'pack', 'matrix_bytes']
 
 # %% ../nbs/06c_quantization.ipynb #imports
 # Shapes: N outputs, K inputs of a layer; B batch, T tokens, C model width,
@@ -16,8 +16,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import kernels
+from .attention import KVCache
 from .common import UserError
-from .gpt import GPT, CausalSelfAttention, norm, rotate
+from .gpt import GPT, Block, CausalSelfAttention, norm, rotate
 
 # %% ../nbs/06c_quantization.ipynb #what-one-token-costs
 def quantize(
@@ -53,87 +55,74 @@ def dequantize(
 
 # %% ../nbs/06c_quantization.ipynb #half-a-byte
 def pack_nibbles(
-    q: Tensor,   # (N, K) integers −8 … 7, K even
-) -> Tensor:     # (N, K / 2) uint8
-    "Two 4-bit integers a byte: columns 2i and 2i + 1 in its low and high half."
-    low, high = (q.to(torch.uint8) & 15).unflatten(-1, (-1, 2)).unbind(-1)
-    return low | high << 4
+    q: Tensor,         # (N, K) integers −8 … 7
+    group: int = 32,   # K is a multiple of it, and it of 2
+) -> Tensor:           # (N, K / 2) uint8
+    "Two 4-bit integers a byte: the first half of each group in the low halves, the second in the high."
+    low, high = (q + 8).to(torch.uint8).unflatten(-1, (-1, 2, group // 2)).unbind(-2)
+    return (low | high << 4).flatten(-2)
 
 
 def unpack_nibbles(
-    packed: Tensor,   # (N, K / 2) uint8
-) -> Tensor:          # (N, K) int8
+    packed: Tensor,    # (N, K / 2) uint8
+    group: int = 32,
+) -> Tensor:           # (N, K) int8
     "The way back."
-    halves = torch.stack([packed & 15, packed >> 4], -1).flatten(-2).to(torch.int8)
-    return torch.where(halves > 7, halves - 16, halves)
+    halves = packed.unflatten(-1, (-1, group // 2))
+    return torch.stack([halves & 15, halves >> 4], -2).flatten(-3).to(torch.int8) - 8
 
 # %% ../nbs/06c_quantization.ipynb #layers-that-hold-less
 class PackedLinear(nn.Module):
-    "A layer's matrix in the compute dtype; on a CPU in the tiles in which oneDNN reads it."
+    "A layer's matrix in the compute dtype."
 
     def __init__(self, weight: Tensor, dtype: torch.dtype):   # (N, K)
         super().__init__()
-        self.tiled = (weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-                      and (dtype == torch.float32 or dtype == torch.bfloat16
-                           and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
-        made = weight.to(dtype)
-        # a hint of 8 rows suits 1 to 64 of them: see the figure in 6c
-        made = torch.ops.mkldnn._reorder_linear_weight(made, 8) if self.tiled else made
-        self.register_buffer("stored", made)
+        self.store(weight.to(dtype).contiguous())             # perhaps the same memory
+
+    def store(self, stored: Tensor, scale: Tensor | None = None) -> None:
+        "What is kept of the matrix, and whether the kernels can multiply with it."
+        self.register_buffer("stored", stored)
+        self.register_buffer("scale", scale)
+        self.fits = kernels.fits((stored, scale))
 
     @property
     def weight(self) -> Tensor:
         "(N, K)"
-        return self.stored.to_dense() if self.tiled else self.stored
+        return self.stored
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.tiled:
-            return torch.ops.mkldnn._linear_pointwise(x, self.stored, None, "none", [], "")
-        return F.linear(x, self.stored)
+        if self.fits and kernels.usable(x):
+            return kernels.product(x, self.stored, self.scale)
+        return F.linear(x, self.weight.to(x.dtype))
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(PackedLinear):
     "Eight bits a weight, one scale a row: a quarter of the bytes of fp32."
 
     def __init__(self, weight: Tensor, dtype: torch.dtype):   # (N, K)
-        super().__init__()
+        nn.Module.__init__(self)
         q, scale = quantize(weight, bits=8)
-        self.register_buffer("q", q)
-        self.register_buffer("scale", scale[:, 0].bfloat16())    # (N,) as the kernel wants it
+        self.store(q, scale[:, 0].bfloat16())                            # (N, K), (N,)
 
     @property
     def weight(self) -> Tensor:
         "(N, K) what the integers stand for"
-        return dequantize(self.q, self.scale[:, None].float())
-
-    def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.size(-1)).bfloat16()
-        if x.device.type == "cpu" and len(flat) <= 64:        # beyond, unpacking is the cheaper way
-            y = torch._weight_int8pack_mm(flat, self.q, self.scale)
-        elif x.device.type == "cpu":
-            y = (flat.float() @ self.q.t().float()) * self.scale.float()
-        else:
-            y = F.linear(flat, self.q.to(flat.dtype)) * self.scale
-        return y.to(x.dtype).view(*x.shape[:-1], -1)
+        return dequantize(self.stored, self.scale[:, None].float())
 
 
-class Int4Linear(nn.Module):
-    "Four bits a weight, a scale for every 32: a seventh of the bytes of fp32; unpacked for each use."
+class Int4Linear(PackedLinear):
+    "Four bits a weight, a scale for every 32: a seventh of the bytes of fp32."
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype, group: int = 32):   # (N, K)
-        super().__init__()
-        group = group if weight.size(1) % group == 0 else weight.size(1)
-        q, scale = quantize(weight, bits=4, group=group)
-        self.register_buffer("packed", pack_nibbles(q))
-        self.register_buffer("scale", scale.bfloat16())
+    def __init__(self, weight: Tensor, dtype: torch.dtype):   # (N, K)
+        nn.Module.__init__(self)
+        self.group = 32 if weight.size(1) % 32 == 0 else weight.size(1)
+        q, scale = quantize(weight, bits=4, group=self.group)
+        self.store(pack_nibbles(q, self.group), scale.bfloat16())        # (N, K/2), (N, K/group)
 
     @property
     def weight(self) -> Tensor:
         "(N, K) what the integers stand for"
-        return dequantize(unpack_nibbles(self.packed), self.scale.float())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return dequantize(unpack_nibbles(self.stored, self.group), self.scale.float())
 
 # %% ../nbs/06c_quantization.ipynb #a-packed-model
 class PackedAttention(CausalSelfAttention):
@@ -159,6 +148,44 @@ class PackedAttention(CausalSelfAttention):
         return turned[:, :H], turned[:, H:], heads[:, H + K:]
 
 
+class PackedBlock(Block):
+    "A block of packed layers, decoded by one call where the kernels can."
+
+    def __init__(self, block: Block, make_layer):
+        nn.Module.__init__(self)
+        self.attn, self.mlp = PackedAttention(block.attn, make_layer), block.mlp
+        self.mlp.c_fc = make_layer(block.mlp.c_fc.weight)
+        self.mlp.c_proj = make_layer(block.mlp.c_proj.weight)
+        layers = self.attn.c_qkv, self.attn.c_proj, self.mlp.c_fc, self.mlp.c_proj
+        self.fits = self.attn.head_dim % 8 == 0 and all(layer.fits for layer in layers)
+        self._decode = None
+
+    def forward(self, x: Tensor, idx: Tensor, cos: Tensor, sin: Tensor,
+                kv_cache: KVCache | None) -> Tensor:
+        a = self.attn
+        if kv_cache is None or idx.size(1) > 1 or not self.fits or not kernels.usable(x):
+            return super().forward(x, idx, cos, sin, kv_cache)
+        value = None if a.value_embed is None else a.value_embed(idx)
+        return self._kernel()(x, cos, sin, kv_cache, a.layer, value)
+
+    def _kernel(self) -> kernels.DecodeBlock:
+        if self._decode is None:
+            a, (H, K, _) = self.attn, self.attn.heads
+            matrices = [(layer.stored, layer.scale)
+                        for layer in (a.c_qkv, a.c_proj, self.mlp.c_fc, self.mlp.c_proj)]
+            gate = None if a.value_embed is None else a.value_gate.weight.detach()
+            self._decode = kernels.DecodeBlock(*matrices, H, K, a.head_dim, a.window,
+                                               a.qk_scale**2, gate)
+        return self._decode
+
+    def _apply(self, fn, recurse=True):
+        self._decode = None                     # it knows addresses; what is moved or copied …
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_decode": None}                  # … makes its own
+
+
 WEIGHTS = {"": PackedLinear, "int8": Int8Linear, "int4": Int4Linear}
 
 
@@ -166,7 +193,7 @@ WEIGHTS = {"": PackedLinear, "int8": Int8Linear, "int4": Int4Linear}
 def pack(
     model: GPT,          # stays as it is
     weights: str = "",   # "int8", "int4", or empty: the model's compute dtype
-) -> GPT:                # to generate with: tables and scalars may be shared with `model`
+) -> GPT:                # to generate with: what needs no change is shared with `model`
     "The same model with its matrices stored once, in the form in which a generator reads them."
     if weights not in WEIGHTS:
         raise UserError(f"weights={weights!r} is not one of int8, int4, or empty for the compute "
@@ -178,10 +205,7 @@ def pack(
     def make_layer(weight: Tensor) -> nn.Module:
         return WEIGHTS[weights](weight.detach(), dtype)
 
-    for block in packed.transformer.h:
-        block.attn = PackedAttention(block.attn, make_layer)
-        block.mlp.c_fc = make_layer(block.mlp.c_fc.weight)
-        block.mlp.c_proj = make_layer(block.mlp.c_proj.weight)
+    packed.transformer.h = nn.ModuleList(PackedBlock(b, make_layer) for b in packed.transformer.h)
     packed.lm_head = make_layer(packed.lm_head.weight)
     for table in packed.modules():
         if isinstance(table, nn.Embedding):
