@@ -202,6 +202,11 @@ def main() -> None:
             beside = runs.get((other, batch))
             return beside and round(statistics.median(b["all"] / run["all"] for run, b in zip(made, beside)), 2)
 
+        def step_ratio(other: str) -> float | None:
+            beside = runs.get((other, batch))
+            return beside and round(statistics.median((b["all"] - b["first"]) / (run["all"] - run["first"])
+                                                      for run, b in zip(made, beside)), 2)
+
         same = [run["tokens"] == runs["engine", batch][0]["tokens"] for run in made] if "engine" in args.ways else []
         rows.append({"way": name, "batch": batch,
                      "tokens_per_second": round(batch * NEW / min(run["all"] for run in made)),
@@ -209,6 +214,7 @@ def main() -> None:
                      "floor_ms": round(statistics.median(floor_ms), 2),
                      "step_over_floor": round(statistics.median(a / b for a, b in zip(step_ms, floor_ms)), 2),
                      "times_plain": ratio("plain"), "times_transformers": ratio("transformers"),
+                     "step_times_plain": step_ratio("plain"),
                      "same_tokens_as_engine": all(same)})
         print(rows[-1], flush=True)
     for name in args.ways:

@@ -35,6 +35,7 @@ marked `*`, companions stand below their lesson.
     speculation     guessed tokens judged in one pass, the same text
     harness         a bridge to lm-evaluation-harness
     scoring         likelihoods of many answers at once
+    kernels         a decode step in C++, where there is a compiler
   * finetuning      mid-training and supervised finetuning
     chat            conversation ⇄ tokens and masks; the calculator tool
     tasks           questions with answers, as conversations; mixtures

@@ -36,7 +36,7 @@ typedef float vec __attribute__((vector_size(32), aligned(4), may_alias));    //
 typedef int32_t ints __attribute__((vector_size(32)));
 typedef float four __attribute__((vector_size(16)));
 
-#ifdef __AVX2__       // what GCC does not find by itself; twenty times as fast
+#if defined(__AVX2__) && defined(__FMA__)    // what GCC does not find by itself
 #include <immintrin.h>
 static inline ints widen(const int8_t* p) {
     return (ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
@@ -47,7 +47,18 @@ static inline ints widen(const uint8_t* p) {
 static inline ints widen(const uint16_t* p) {
     return (ints)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
 }
+static inline vec multiply_add(vec a, vec b, vec c) {
+    return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
 #else
+static inline vec multiply_add(vec a, vec b, vec c) {
+#ifdef __FP_FAST_FMAF
+    for (int i = 0; i < 8; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return c;
+#else
+    return a * b + c;
+#endif
+}
 template <class T> static inline ints widen(const T* p) {
     return (ints){p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]};
 }
@@ -70,6 +81,7 @@ static inline uint16_t to_bf16(float f) {
 
 // A matrix of rows of K numbers: `at` gives eight neighbours of row n, to be multiplied by `scale`.
 struct F32 {
+    static const bool packed = false;
     typedef float stored;
     const float* w; long K;
     F32(const void* w, const void*, long K) : w((const float*)w), K(K) {}
@@ -78,6 +90,7 @@ struct F32 {
     static stored from(float f) { return f; }
 };
 struct BF16 {
+    static const bool packed = true;
     typedef uint16_t stored;
     const uint16_t* w; long K;
     BF16(const void* w, const void*, long K) : w((const uint16_t*)w), K(K) {}
@@ -86,18 +99,19 @@ struct BF16 {
     static stored from(float f) { return to_bf16(f); }
 };
 struct Int8 {
+    static const bool packed = true;
     const int8_t* w; const uint16_t* s; long K;
     Int8(const void* w, const void* s, long K) : w((const int8_t*)w), s((const uint16_t*)s), K(K) {}
     vec at(long n, long k) const { return floats(widen(w + n * K + k)); }
     float scale(long n) const { return from_bf16(s[n]); }
 };
 struct Int4 {       // 32 neighbours share a scale and lie in 16 bytes: 0 … 15 low, 16 … 31 high
+    static const bool packed = true;
     const uint8_t* w; const uint16_t* s; long K;
     Int4(const void* w, const void* s, long K) : w((const uint8_t*)w), s((const uint16_t*)s), K(K) {}
     vec at(long n, long k) const {
-        const long group = k / 32, i = k % 32;
-        const ints both = widen(w + n * (K / 2) + group * 16 + i % 16);
-        return floats((i < 16 ? both & 15 : both >> 4) - 8) * from_bf16(s[n * (K / 32) + group]);
+        const ints both = widen(w + n * (K / 2) + k / 32 * 16 + k % 16);
+        return floats((k % 32 < 16 ? both & 15 : both >> 4) - 8) * from_bf16(s[n * (K / 32) + k / 32]);
     }
     float scale(long) const { return 1; }
 };
@@ -113,6 +127,12 @@ PRODUCT = r"""
 #define ODD(a, b) __builtin_shuffle(a, b, (ints){1, 3, 9, 11, 5, 7, 13, 15})
 #endif
 
+#ifdef __AVX__        // else GCC loads a number anew at each use: 15 loads for 12 sums instead of 7
+#define IN_REGISTER(v) asm("" : "+x"(v))
+#else
+#define IN_REGISTER(v)
+#endif
+
 static inline float sum(vec v) {
     return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
 }
@@ -122,44 +142,60 @@ static inline four sums(const vec* a) {              // of each of four vectors
     return (four){s[0], s[1], s[2], s[3]} + (four){s[4], s[5], s[6], s[7]};
 }
 
-// Four rows of a matrix, from n on, times R rows of x.
+// Four rows of a matrix, from n on, times R rows of x. Not inlined: where it is, some copies run
+// out of registers, and keep a sum in memory at half the speed.
 template <int R, class W>
-static inline void tile(const float* x, const W& w, long n, long K, four* out) {
+__attribute__((noinline)) static void tile(const float* x, const W& w, long n, long K, four* out) {
     vec acc[R][4] = {};
-    for (long k = 0; k < K; k += 8)
+    for (long k = 0; k < K; k += 8) {
+        vec xs[R];
+        #pragma GCC unroll 3
+        for (int r = 0; r < R; r++) { xs[r] = eight(x + r * K + k); IN_REGISTER(xs[r]); }
         #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
-            const vec row = w.at(n + i, k);
+            vec row = w.at(n + i, k);
+            IN_REGISTER(row);
             #pragma GCC unroll 3
-            for (int r = 0; r < R; r++) acc[r][i] += row * eight(x + r * K + k);
+            for (int r = 0; r < R; r++) acc[r][i] = multiply_add(row, xs[r], acc[r][i]);
         }
-    const four scale = {w.scale(n), w.scale(n + 1), w.scale(n + 2), w.scale(n + 3)};
-    for (int r = 0; r < R; r++) out[r] = sums(acc[r]) * scale;
+    }
+    for (int r = 0; r < R; r++) out[r] = sums(acc[r]);
 }
 
 enum Then { SET, ADD, RELU2 };                       // what becomes of an output
 
-template <int R, class W>
-static inline void place(const float* x, const W& w, float* y, long n, long N, long K, Then then) {
-    four out[R];
-    tile<R>(x, w, n, K, out);
-    for (int r = 0; r < R; r++)
-        for (int i = 0; i < 4; i++) {
-            const float v = out[r][i];
-            float& to = y[r * N + n + i];
-            to = then == ADD ? to + v : then == RELU2 ? (v > 0 ? v * v : 0) : v;
-        }
+// The outputs of four rows for all B rows of x; `y` is where the first goes, N from row to row.
+template <class W>
+static inline void outputs(const float* x, const W& w, long n, four scale, float* y,
+                           long B, long N, long K, Then then) {
+    four out[3];
+    for (long b = 0; b < B; b += 3) {
+        if (B - b >= 3) tile<3>(x + b * K, w, n, K, out);
+        else if (B - b == 2) tile<2>(x + b * K, w, n, K, out);
+        else tile<1>(x + b * K, w, n, K, out);
+        for (long r = 0; r < 3 && b + r < B; r++)
+            for (int i = 0; i < 4; i++) {
+                const float v = out[r][i] * scale[i];
+                float& to = y[(b + r) * N + i];
+                to = then == ADD ? to + v : then == RELU2 ? (v < 0 ? 0 : v * v) : v;
+            }
+    }
 }
 
 // y (B, N) = x (B, K) · wᵀ by the threads of the team; N a multiple of 4, K of 8.
 template <class W>
 static void product(const float* x, const W& w, float* y, long B, long N, long K, Then then) {
+    static thread_local std::vector<float> memory;
+    memory.resize(4 * K);
     #pragma omp for schedule(static)
     for (long n = 0; n < N; n += 4) {
-        long b = 0;
-        for (; b + 3 <= B; b += 3) place<3>(x + b * K, w, y + b * N, n, N, K, then);
-        if (B - b == 2) place<2>(x + b * K, w, y + b * N, n, N, K, then);
-        if (B - b == 1) place<1>(x + b * K, w, y + b * N, n, N, K, then);
+        const four scale = {w.scale(n), w.scale(n + 1), w.scale(n + 2), w.scale(n + 3)};
+        if (W::packed && B > 6) {                    // unpack once for all rows
+            float* rows = memory.data();
+            for (long i = 0; i < 4; i++)
+                for (long k = 0; k < K; k += 8) *(vec*)(rows + i * K + k) = w.at(n + i, k);
+            outputs(x, F32(rows, nullptr, K), 0, scale, y + n, B, N, K, then);
+        } else outputs(x, w, n, scale, y + n, B, N, K, then);
     }
 }
 
@@ -200,9 +236,10 @@ def build(
     if compiler is None:
         raise OSError("no C++ compiler found: install one (Debian: g++, macOS: Xcode's command line tools)")
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-    flags = ["-O3", native, "-std=c++17", "-fPIC", "-shared", "-fno-math-errno"]
+    flags = ["-O3", native, "-std=c++17", "-fPIC", "-shared", "-fno-math-errno",
+             "-ffp-contract=off"]         # else a compiler fuses here and not there: other last bits
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    name = hashlib.sha256("\0".join([source, *flags, version, _processor()]).encode()).hexdigest()[:16]
+    name = hashlib.sha256("\0".join([source, compiler, *flags, version, _processor()]).encode()).hexdigest()[:16]
     path = base_dir() / "kernels" / f"{name}.so"
     if path.exists():
         return path
@@ -268,8 +305,8 @@ static inline void average(const float* p, const M& values, long start, long end
                            float share, float* y) {
     vec acc[R] = {};
     for (long t = start; t < end; t++)
-        #pragma GCC unroll 4
-        for (int r = 0; r < R; r++) acc[r] += p[t] * values.at(t, d + 8 * r);
+        #pragma GCC unroll 8
+        for (int r = 0; r < R; r++) acc[r] = multiply_add((vec){} + p[t], values.at(t, d + 8 * r), acc[r]);
     for (int r = 0; r < R; r++) *(vec*)(y + d + 8 * r) = acc[r] * share;
 }
 
@@ -285,7 +322,7 @@ static void look(const float* q, const M& keys, const M& values, long start, lon
     }
     for (; t < end; t++) {
         vec acc = {};
-        for (long d = 0; d < D; d += 8) acc += keys.at(t, d) * eight(q + d);
+        for (long d = 0; d < D; d += 8) acc = multiply_add(keys.at(t, d), eight(q + d), acc);
         p[t] = sum(acc);
     }
     float most = p[start];
@@ -299,6 +336,7 @@ static void look(const float* q, const M& keys, const M& values, long start, lon
     }
     const float share = 1 / sum(total);
     long d = 0;
+    for (; d + 64 <= D; d += 64) average<8>(p, values, start, end, d, share, y);
     for (; d + 32 <= D; d += 32) average<4>(p, values, start, end, d, share, y);
     for (; d < D; d += 8) average<1>(p, values, start, end, d, share, y);
 }
