@@ -257,7 +257,7 @@ def build(
 
 # %% ../nbs/06g_kernels.ipynb #FORMATS
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}  # as in the C code
-MOST_ROWS = 64   # beyond, libraries for large products are as fast: see the figure in 6g
+MOST_ROWS = 64   # more are what libraries are good at: see the figure in 6g
 
 
 def _pointer(x: Tensor | None) -> int:
