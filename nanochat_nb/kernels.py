@@ -14,6 +14,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -214,8 +215,10 @@ extern "C" void product(int64_t format, int64_t threads, int64_t B, int64_t N, i
 """
 
 # %% ../nbs/06g_kernels.ipynb #from-a-string-to-a-function
-def _compiler() -> str | None:
-    return os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+def _compiler() -> list[str]:
+    "The command that compiles C++: `$CXX`, or what there is; empty if nothing."
+    found = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    return shlex.split(found or "")
 
 
 @functools.cache
@@ -233,13 +236,13 @@ def build(
 ) -> Path:                 # the shared library, in `kernels/` of the base directory
     "Compile, unless it was compiled before; OSError or CalledProcessError where that is not possible."
     compiler = _compiler()
-    if compiler is None:
+    if not compiler:
         raise OSError("no C++ compiler found: install one (Debian: g++, macOS: Xcode's command line tools)")
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
     flags = ["-O3", native, "-std=c++17", "-fPIC", "-shared", "-fno-math-errno",
              "-ffp-contract=off"]         # else a compiler fuses here and not there: other last bits
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    name = hashlib.sha256("\0".join([source, compiler, *flags, version, _processor()]).encode()).hexdigest()[:16]
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    name = hashlib.sha256("\0".join([source, *compiler, *flags, version, _processor()]).encode()).hexdigest()[:16]
     path = base_dir() / "kernels" / f"{name}.so"
     if path.exists():
         return path
@@ -248,12 +251,12 @@ def build(
         text, made = Path(folder) / "kernels.cpp", Path(folder) / "kernels.so"
         text.write_text(source)
         for openmp in (["-fopenmp"], []):               # without it, one thread: slower and right
-            done = subprocess.run([compiler, *flags, *openmp, str(text), "-o", str(made)],
+            done = subprocess.run([*compiler, *flags, *openmp, str(text), "-o", str(made)],
                                   capture_output=True, text=True, timeout=300)
             if done.returncode == 0:
                 os.replace(made, path)
                 return path
-    raise subprocess.CalledProcessError(done.returncode, compiler, stderr=done.stderr)
+    raise subprocess.CalledProcessError(done.returncode, compiler[0], stderr=done.stderr)
 
 # %% ../nbs/06g_kernels.ipynb #FORMATS
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}  # as in the C code
@@ -435,7 +438,7 @@ class _Block(ctypes.Structure):
 @functools.cache
 def kernels() -> ctypes.CDLL | None:
     "The compiled kernels; None without a compiler, or with `NANOCHAT_KERNELS=0` in the environment."
-    if os.environ.get("NANOCHAT_KERNELS") == "0" or _compiler() is None:
+    if os.environ.get("NANOCHAT_KERNELS") == "0" or not _compiler():
         return None
     try:
         library = ctypes.CDLL(str(build(VECTORS + PRODUCT + ATTENTION + BLOCK)))
@@ -444,7 +447,8 @@ def kernels() -> ctypes.CDLL | None:
             raise OSError("a small product came out wrong")
     except (OSError, subprocess.SubprocessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip()[:500]
-        warnings.warn(f"the kernels of 6g could not be compiled, going on without (slower): {reason}",
+        warnings.warn(f"the kernels of 6g could not be compiled, going on without (slower; "
+                      f"NANOCHAT_KERNELS=0 does not try): {reason}",
                       stacklevel=2)
         return None
     return library

@@ -225,10 +225,11 @@ def test_without_a_compiler_and_with_a_bad_one(tmp_path):
     base = {"NANOCHAT_BASE_DIR": str(tmp_path / "base")}
     assert answers({**base, "NANOCHAT_KERNELS": "0"}) == ["False", "True", ""]
     assert answers({**base, "PATH": str(tmp_path)}) == ["False", "True", ""]
-    real = kernels._compiler()
+    [real] = kernels._compiler()
     broken = script(tmp_path / "broken", 'case "$*" in *--version*) exit 0;; esac\necho "disk full, or so" >&2\nexit 1\n')
     found = answers({**base, "CXX": broken})
     assert found[:2] == ["False", "True"] and "could not be compiled" in found[2] and "disk full, or so" in found[2]
+    assert answers({**base, "CXX": f"env WITH=spaces {real}"}) == ["True", "True", ""]
     found = answers({**base, "CXX": str(tmp_path / "nobody")})
     assert found[:2] == ["False", "True"] and "could not be compiled" in found[2]
     no_openmp = script(tmp_path / "plain", f'case "$*" in *-fopenmp*) exit 1;; esac\nexec {real} "$@"\n')
@@ -244,7 +245,7 @@ def test_without_a_compiler_and_with_a_bad_one(tmp_path):
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="asks GCC for an older processor")
 def test_older_processors_compute_the_same(tmp_path, monkeypatch):
     "The code without AVX, here as on other machines: every format, and attention."
-    old = script(tmp_path / "old", f'exec {kernels._compiler()} "$@" -march=x86-64\n')
+    old = script(tmp_path / "old", f'exec {kernels._compiler()[0]} "$@" -march=x86-64\n')
     generator = torch.Generator().manual_seed(0)
     model, ids = random_model(**SHAPES[1]), torch.tensor([[1], [2], [3]])
     layers = [layer_of(format, torch.randn(12, 64, generator=generator)) for format in ("fp32", "bf16", "int8", "int4")]
@@ -272,7 +273,7 @@ def test_compiled_once_for_all_processes(tmp_path, monkeypatch):
     "Eight at a time: each gets a whole library; afterwards nobody compiles."
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     count = tmp_path / "count"
-    monkeypatch.setenv("CXX", script(tmp_path / "counting", f'case "$*" in *--version*) ;; *) echo x >> {count};; esac\nexec {kernels._compiler()} "$@"\n'))
+    monkeypatch.setenv("CXX", script(tmp_path / "counting", f'case "$*" in *--version*) ;; *) echo x >> {count};; esac\nexec {kernels._compiler()[0]} "$@"\n'))
     source = 'extern "C" int seven() { return 7; }'
     with ThreadPoolExecutor(8) as pool:
         paths = set(pool.map(lambda _: kernels.build(source), range(8)))
