@@ -182,7 +182,8 @@ def test_killed_and_resumed_is_the_same_run(world, ranks):
 
 def test_every_addition_in_half_precision(world):
     "All of the model's options at once, in fp16: resumed to the same bits, finetuned, answering."
-    flags = ["pretraining", *TINY, "--depth", 2, "--num_iterations", 8, "--save_every", 4, "--model_tag", "rich",
+    flags = ["pretraining", *TINY, "--depth", 2, "--total_batch_size", 512, "--eval_tokens", 512,  # fp16 is slow here
+             "--num_iterations", 8, "--save_every", 4, "--model_tag", "rich",
              "--extras", "all", "--window_pattern", "SL", "--activation_checkpointing", "--chunk_tokens", 100]
     run(world, *flags, dtype="float16")
     last = world / "checkpoints" / "base" / "rich" / "step_000008"
@@ -197,7 +198,7 @@ def test_every_addition_in_half_precision(world):
     assert all((straight[name] == resumed[name]).all() for name in straight)
     assert json.loads((last / "meta.json").read_text())["loss_scale"] == meta["loss_scale"]
     run(world, "finetuning", "--stage", "sft", "--source", "base", "--model_tag", "rich", "--num_iterations", 2,
-        "--device_batch_size", 4, "--device_type", "cpu", "--activation_checkpointing", "--chunk_tokens", 100,
+        "--device_batch_size", 4, "--eval_every", -1, "--device_type", "cpu", "--activation_checkpointing", "--chunk_tokens", 100,
         dtype="float16")
     assert run(world, "terminal", "--source", "sft", "--model_tag", "rich", "--prompt", "Hello", dtype="float16").stdout
 
