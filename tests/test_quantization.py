@@ -66,12 +66,12 @@ def test_layers(layer, bound, shape):
     weight = torch.randn(shape, generator=generator)
     made = layer(weight, torch.float32)
     assert made.weight.shape == shape
-    for rows in (1, 5, 64, 65, 200):                       # both sides of where the 8-bit kernel ends
+    for rows in (1, 5, 64, 65, 200):                       # both sides of where the kernels end
         x = torch.randn(rows, shape[1], generator=generator)
         y, exact = made(x), x @ weight.t()
         assert y.dtype == torch.float32
         assert (y - exact).norm() <= bound * exact.norm()
-        assert (y - x @ made.weight.t()).norm() <= 0.006 * exact.norm()         # bf16 rows and results at the most
+        assert (y - x @ made.weight.t()).norm() <= 1e-5 * exact.norm()          # it multiplies with what its integers stand for
         assert torch.allclose(made(x.view(1, rows, -1))[0], y)
 
 
